@@ -1,0 +1,23 @@
+# isobath_add_module(<name> SOURCES … HEADERS … DEPENDS <lower modules> [LINK <external targets>])
+#
+# One static library per folder of src/. DEPENDS is the layer diagram (docs/architecture.md): a module links, and may
+# include, only what it names; `ctest -R architecture.layers` compares every #include against it.
+function(isobath_add_module name)
+  if(ISOBATH_ONLY AND NOT name IN_LIST ISOBATH_ONLY)
+    return()
+  endif()
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "SOURCES;HEADERS;DEPENDS;LINK")
+  list(TRANSFORM arg_SOURCES PREPEND ${PROJECT_SOURCE_DIR}/src/${name}/)
+  add_library(isobath_${name} STATIC ${arg_SOURCES})
+  add_library(isobath::${name} ALIAS isobath_${name})
+  set_target_properties(isobath_${name} PROPERTIES EXPORT_NAME ${name} VERIFY_INTERFACE_HEADER_SETS ON)
+  list(TRANSFORM arg_HEADERS PREPEND ${PROJECT_SOURCE_DIR}/include/isobath/${name}/)
+  target_sources(isobath_${name} PUBLIC FILE_SET HEADERS BASE_DIRS ${PROJECT_SOURCE_DIR}/include FILES ${arg_HEADERS})
+  set(dependencies ${arg_DEPENDS})
+  list(TRANSFORM arg_DEPENDS PREPEND isobath::)
+  target_link_libraries(isobath_${name} PUBLIC ${arg_DEPENDS} ${arg_LINK} PRIVATE $<BUILD_INTERFACE:isobath_flags>)
+  target_precompile_headers(isobath_${name} REUSE_FROM isobath_pch)
+  string(JOIN "," joined ${dependencies})
+  set_property(GLOBAL APPEND PROPERTY ISOBATH_LAYERS "${name}:${joined}")
+  set_property(GLOBAL APPEND PROPERTY ISOBATH_MODULES isobath_${name})
+endfunction()

@@ -1,0 +1,52 @@
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <c10/core/Device.h>
+
+#include <isobath/comm/communicator.hpp>
+#include <memory>
+
+namespace isobath::comm {
+
+/// Tensor transfer where the tensors live: one header, two sources chosen by CMake. `host` stages device tensors through
+/// MPI; `nccl` hands CUDA tensors to NCCL (and CPU tensors to MPI). Same order of calls on every rank.
+class DeviceCommunicator {
+ public:
+  /// Collective over `comm`, which must outlive this object.
+  DeviceCommunicator(const Communicator& comm, c10::Device device);
+  ~DeviceCommunicator();
+  DeviceCommunicator(DeviceCommunicator&&) noexcept;
+  DeviceCommunicator& operator=(DeviceCommunicator&&) noexcept;
+
+  /// A transfer under way; `wait` before the tensor is used (receive) or changed (send).
+  class Transfer {
+   public:
+    Transfer();
+    ~Transfer();
+    Transfer(Transfer&&) noexcept;
+    Transfer& operator=(Transfer&&) noexcept;
+    void wait();
+    struct State;
+
+   private:
+    friend class DeviceCommunicator;
+    std::unique_ptr<State> state_;
+  };
+
+  [[nodiscard]] Transfer send_async(const at::Tensor& tensor, int destination, int tag) const;
+  [[nodiscard]] Transfer receive_async(at::Tensor& tensor, int source, int tag) const;
+  void broadcast(at::Tensor& tensor, int root) const;
+  [[nodiscard]] c10::Device device() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+/// The device of this rank: CPU in a host build; in a CUDA build CUDA device `node.rank() % device_count` unless
+/// `requested` is "cpu". requested: "auto" | "cpu" | "cuda". Throws ConfigError when "cuda" cannot be had.
+[[nodiscard]] c10::Device select_device(const std::string& requested, const Communicator& node);
+
+/// "host" or "nccl".
+[[nodiscard]] const char* device_backend_name();
+
+}  // namespace isobath::comm

@@ -1,0 +1,93 @@
+#pragma once
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace isobath::config {
+
+struct Ranks {
+  int stages = 0;               ///< 0: auto
+  int replicas = 0;             ///< 0: auto
+  int threads = 0;              ///< per rank; 0: auto
+  std::string device = "auto";  ///< auto | cpu | cuda
+  int64_t watchdog_s = 600;     ///< seconds a rank may wait for others; 0: for ever
+};
+struct Calibration {
+  std::string tokens;
+  int64_t sequences = 64, length = 1024, microbatch = 1, logical_shards = 16;
+  uint64_t seed = 0;
+};
+struct Sensitivity {
+  std::string loss = "nll";             ///< nll | fisher
+  int64_t samples = 1;                  ///< label draws per token (fisher)
+  std::string per_sequence = "probes";  ///< how α of equation 5 is had: off | probes | exact
+  int64_t probes = 8;
+  int64_t row_groups = 1;
+  double clip_quantile = 0.999;
+  double exponent = 1.0;
+  bool covariance = false;
+  std::string reuse;  ///< finished measure/ directory of another run to use instead of measuring
+};
+struct Override {
+  std::string match;   ///< module name, or "re:" + ECMAScript regular expression matched from the start
+  int bits = 0;        ///< 0: not overridden
+  int64_t group = -1;  ///< −1: not overridden; 0: channel
+};
+struct Reestimate {
+  std::string policy = "never";  ///< never | every
+  int64_t blocks = 5;
+};
+struct Quantization {
+  std::string solver = "gptq";            ///< gptq | round_to_nearest
+  std::string weighting = "sensitivity";  ///< sensitivity | none
+  int bits = 3;
+  int64_t group = 64;  ///< 0: channel
+  bool symmetric = true, clip_search = true;
+  std::string act_order = "none";  ///< none | static
+  double damping = 0.01;
+  Reestimate reestimate;
+  std::vector<std::string> ignore = {"lm_head"};
+  std::vector<Override> overrides;
+};
+struct Evaluation {
+  std::string tokens;  ///< empty: the stage is skipped
+  int64_t window = 2048, windows = 40;
+};
+struct Checkpoint {
+  int64_t every_blocks = 1, keep = 2;
+};
+
+/// One run, parsed, complete and immutable.
+struct RunConfig {
+  std::string model, output;
+  std::string compute_dtype = "auto";  ///< auto | bfloat16 | float32
+  std::string residency = "resident";
+  std::string format = "compressed-tensors";
+  Ranks ranks;
+  Calibration calibration;
+  Sensitivity sensitivity;
+  Quantization quantization;
+  Evaluation evaluation;
+  Checkpoint checkpoint;
+
+  /// Every key in order with its value as text, for fingerprints, provenance and `check`.
+  [[nodiscard]] std::vector<std::pair<std::string, std::string>> flatten() const;
+};
+
+/// Parses YAML text; `overrides` are "dotted.key=value" (value is YAML). `source` names the file in messages.
+/// Strict: an unknown key, a wrong type or a value out of range is a ConfigError naming source, line, key,
+/// what was expected and found, and the nearest known key.
+[[nodiscard]] RunConfig parse(const std::string& yaml, const std::vector<std::string>& overrides,
+                              const std::string& source);
+
+/// Bits and group of one module after `overrides` and `ignore`.
+struct ModuleChoice {
+  bool quantized = true;
+  int bits = 0;
+  int64_t group = 0;
+};
+[[nodiscard]] ModuleChoice choice_for(const Quantization& quantization, const std::string& module);
+
+}  // namespace isobath::config

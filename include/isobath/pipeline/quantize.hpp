@@ -1,0 +1,31 @@
+#pragma once
+#include <filesystem>
+#include <isobath/checkpoint/run_directory.hpp>
+#include <isobath/pipeline/block_solver.hpp>
+#include <isobath/pipeline/session.hpp>
+#include <isobath/report/events.hpp>
+#include <string>
+#include <vector>
+
+namespace isobath::pipeline {
+
+struct QuantizeResult {
+  double bits_per_weight = 0;  ///< over the quantized linears, scales and zeros included
+  int64_t n_modules = 0;
+  int64_t n_fallbacks = 0;
+  double wall_s = 0;
+};
+
+/// The sequential pass: block by block, input set by input set, with the hidden states of the quantized prefix.
+///
+///   statistics   directory of D of the unquantized model; not read when weighting is none
+///   resume       continue from the newest generation in `run`/checkpoint, if there is one
+///
+/// Memory   this rank's share of the hidden states: n_local · T · (d_model + d_ff) in compute dtype, the block in work.
+/// Network  per block: its weights once to every rank, then what BlockSolver says of each input set.
+/// Collective over the session's world. Leaves `run`/model. Throws StopRequested after SIGUSR1/SIGTERM, once a generation holds what is done.
+QuantizeResult quantize(const Session& session, const CalibrationSet& calibration, const StageWeights& weights,
+                        const std::filesystem::path& statistics, checkpoint::RunDirectory& run,
+                        const checkpoint::Fingerprint& fingerprint, bool resume, report::EventLog& events);
+
+}  // namespace isobath::pipeline

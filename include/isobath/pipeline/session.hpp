@@ -1,0 +1,71 @@
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <isobath/checkpoint/generation_store.hpp>
+#include <isobath/comm/grid.hpp>
+#include <isobath/config/run_config.hpp>
+#include <isobath/data/shards.hpp>
+#include <isobath/data/token_file.hpp>
+#include <isobath/model/checkpoint_reader.hpp>
+#include <isobath/report/events.hpp>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace isobath::pipeline {
+
+/// What every stage of a run shares: who the ranks are, which blocks each holds, in which precision they compute.
+struct Session {
+  config::RunConfig config;
+  std::shared_ptr<const model::CheckpointReader> source;  ///< the original model; headers only
+  std::unique_ptr<comm::Grid> grid;
+  c10::Device device = c10::Device(c10::kCPU);
+  at::ScalarType dtype = at::ScalarType::Float;  ///< of activations and weights in compute
+  int threads = 1;
+  std::vector<Range> stage_blocks;  ///< [stages]: blocks of each stage
+
+  [[nodiscard]] const comm::Communicator& world() const { return grid->world(); }
+  [[nodiscard]] const model::ModelConfig& model() const { return source->config(); }
+  [[nodiscard]] Range my_blocks() const { return stage_blocks[static_cast<size_t>(grid->stage())]; }
+  [[nodiscard]] int stage_of(int64_t block) const;
+  [[nodiscard]] bool is_last_stage() const { return grid->stage() + 1 == grid->shape().stages; }
+};
+
+/// Opens the model, forms the grid, balances the stages, sets the threads. `n_microbatches` steers the automatic choice of the grid.
+///
+/// Collective over `world`. Throws AgreedFailure: data for a bad checkpoint; config when the ranks cannot be split as asked.
+[[nodiscard]] Session open_session(const config::RunConfig& config, int64_t n_microbatches,
+                                   const comm::Communicator& world);
+
+/// Calibration tokens and how they are dealt.
+struct CalibrationSet {
+  data::TokenSet tokens;  ///< replicated
+  data::ShardPlan shards;
+  /// Rows [sequences] of tokens and lengths.
+  [[nodiscard]] at::Tensor tokens_of(Range sequences) const { return tokens.tokens.slice(0, sequences.begin, sequences.end); }
+  [[nodiscard]] at::Tensor lengths_of(Range sequences) const { return tokens.lengths.slice(0, sequences.begin, sequences.end); }
+  /// [b, T] bool, true for real tokens; undefined when none of the sequences is padded.
+  [[nodiscard]] at::Tensor mask_of(Range sequences) const;
+};
+
+/// Collective over the session's world. Throws AgreedFailure (data).
+[[nodiscard]] CalibrationSet open_calibration(const Session& session);
+
+/// The weights this rank holds of a checkpoint: its stage's blocks, and embedding or head at the ends.
+struct StageWeights {
+  std::map<int64_t, model::BlockWeights> blocks;
+  at::Tensor embedding;     ///< first stage only
+  model::HeadWeights head;  ///< last stage only
+};
+
+/// Reads this rank's share of `checkpoint`. Collective only in agreeing on failure (AgreedFailure: data, numeric, io).
+[[nodiscard]] StageWeights load_stage(const Session& session, const model::CheckpointReader& checkpoint);
+
+/// What must be equal for a resume: every configuration key that the result depends on, the model, the tokens, the precision.
+[[nodiscard]] checkpoint::Fingerprint fingerprint_of(const Session& session, const CalibrationSet& calibration);
+
+/// SHA-256 of a model directory's tokenizer.json; empty when there is none.
+[[nodiscard]] std::string tokenizer_digest(const std::filesystem::path& model_directory);
+
+}  // namespace isobath::pipeline

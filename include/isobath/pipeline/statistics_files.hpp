@@ -1,0 +1,43 @@
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <filesystem>
+#include <isobath/model/model_config.hpp>
+#include <map>
+#include <string>
+
+namespace isobath::pipeline {
+
+/// Statistics of one linear over the whole calibration set.
+struct ModuleStatistics {
+  at::Tensor token_weights;       ///< [n, T, row_groups] f32: D, raw (no clipping)
+  at::Tensor sum_x2;              ///< [d_in] f64
+  at::Tensor max_abs_x;           ///< [d_in] f32
+  at::Tensor alpha_per_token;     ///< [d_in] f64, α of [AS 6]
+  at::Tensor alpha_per_sequence;  ///< [d_in] f64, α of [AS 5]; undefined when switched off
+  at::Tensor covariance;          ///< [row_groups, d_in, d_in] f32 with raw D; undefined unless asked for
+  int64_t n_tokens = 0;
+  int64_t n_sequences = 0;
+};
+using BlockStatistics = std::array<ModuleStatistics, model::kProjections>;
+
+/// Text attributes of the root group: model, loss, … the same in every block's file.
+using StatisticsHeader = std::map<std::string, std::string>;
+
+/// `directory`/block-00007.h5: one self-describing file a block, readable with h5py. The layout is in docs/formats.md.
+[[nodiscard]] std::filesystem::path statistics_path(const std::filesystem::path& directory, int64_t block);
+
+/// Writes a block's file atomically. Local. Throws IoError.
+void write_statistics(const std::filesystem::path& directory, int64_t block, const StatisticsHeader& header,
+                      const BlockStatistics& statistics);
+
+/// Token weights of a block's seven linears, [n, T, row_groups] each. Local. Throws DataError or IoError.
+[[nodiscard]] std::array<at::Tensor, model::kProjections> read_token_weights(const std::filesystem::path& directory,
+                                                                             int64_t block);
+
+/// Compares the header of a finished statistics directory with `expected`; throws ConfigError naming each difference with both values.
+/// Local.
+void require_header(const std::filesystem::path& directory, const StatisticsHeader& expected, int64_t n_blocks);
+
+}  // namespace isobath::pipeline

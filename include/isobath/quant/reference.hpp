@@ -1,0 +1,14 @@
+#pragma once
+#include <isobath/quant/factor.hpp>
+#include <isobath/quant/grid.hpp>
+
+/// Slow, obvious, one thread, f64: the specification the fast paths are tested against.
+namespace isobath::quant::reference {
+
+/// Literal Algorithm 1 of the GPTQ paper: H⁻¹ by inversion, its upper Cholesky factor, one column at a time
+/// over all later columns.
+[[nodiscard]] QuantizedMatrix gptq(const at::Tensor& w, const at::Tensor& h, const FactorSpec& factor,
+                                   const GridSpec& spec);
+[[nodiscard]] GroupGrid fit_grid(const at::Tensor& w, const at::Tensor& importance, const GridSpec& spec);
+
+}  // namespace isobath::quant::reference

@@ -1,0 +1,37 @@
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+
+namespace isobath::sensitivity {
+
+/// H = Σ_i D_i x_i x_iᵀ, accumulated in f32 over the microbatches of one logical shard.
+///
+/// Memory   d² f32, and n·d f32 during a call.
+///
+/// Cost     n·d²/2 multiply-adds per call: a symmetric rank-k update in column panels of fixed width.
+///
+/// Source   METHOD §1; D = 1 gives GPTQ's XᵀX.
+class Covariance {
+ public:
+  explicit Covariance(int64_t n_channels, c10::Device device = c10::Device(c10::kCPU));
+
+  /// x [n, d] any float dtype; weights [n] f32 >= 0 or undefined (D = 1); rows with weight 0 (padding)
+  /// contribute nothing, whatever they hold. Local; synchronises a device once.
+  ///
+  /// Throws   NumericError naming the first row with non-finite D·x² (a negative weight counts as one),
+  /// before
+  ///          anything is added.
+  void add(const at::Tensor& x, const at::Tensor& weights);
+
+  /// [d, d] f32, symmetric.
+  [[nodiscard]] at::Tensor value() const;
+
+ private:
+  at::Tensor upper_;
+};
+
+/// Literal reference: f64 Xᵀ diag(D) X by plain loops over [n, d] f64 input.
+[[nodiscard]] at::Tensor covariance_reference(const at::Tensor& x, const at::Tensor& weights);
+
+}  // namespace isobath::sensitivity

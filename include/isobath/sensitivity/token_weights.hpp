@@ -1,0 +1,29 @@
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+
+namespace isobath::sensitivity {
+
+/// D[i, k] = mean over the output channels j of row group k of G_ij² [AS 6, per row group: GuidedQuant].
+/// gradient [b, T, d_out] -> [b, T, row_groups] f32. Row group k is rows partition(d_out, row_groups, k).
+[[nodiscard]] at::Tensor token_weights(const at::Tensor& gradient, int64_t row_groups);
+
+/// How raw D becomes the weight inside the solver (METHOD §1).
+struct RobustSpec {
+  /// Values above this quantile of the positive weights are lowered to it; 1: none.
+  double clip_quantile = 0.999;
+  double exponent = 1.0;  ///< D^γ
+};
+
+/// The clip threshold of a module: the `quantile` of its positive D (padding and tokens that predict nothing
+/// have none), in f64 with linear interpolation as numpy.quantile; 0 when no D is positive. d: any shape f32.
+/// Cost: O(n), one f64 copy.
+[[nodiscard]] double clip_threshold(const at::Tensor& d, double quantile);
+/// min(D, threshold)^exponent, normalised by nothing; zeros stay zero for every exponent. f32, same shape.
+[[nodiscard]] at::Tensor robust(const at::Tensor& d, double threshold, double exponent);
+
+/// Effective samples (ΣD)²/ΣD² from the two sums; 0 when all weights are zero.
+[[nodiscard]] double effective_samples(double sum, double sum_of_squares);
+
+}  // namespace isobath::sensitivity

@@ -1,0 +1,145 @@
+#include <isobath/cli/arguments.hpp>
+
+#include <CLI/CLI.hpp>
+#include <sstream>
+
+namespace isobath::cli {
+namespace {
+
+constexpr const char* kFooter =
+    R"(Exit codes: 0 done; 2 usage or configuration; 3 bad input (checkpoint, tokens); 4 disk or permission;
+5 not finite or no factorization; 6 invalid state or a resume that does not match; 7 defect, or another
+rank failed; 75 stopped on request (SIGUSR1, SIGTERM), continue with --resume.)";
+
+struct Builder {
+  CLI::App app{"Quantizes large language models on many ranks, guided by activation sensitivity.", "isobath"};
+  Arguments arguments;
+  bool is_verbose = false, is_quiet = false;
+
+  CLI::App* command(Command value, const std::string& name, const std::string& description,
+                    const std::string& example) {
+    CLI::App* sub = app.add_subcommand(name, description);
+    sub->footer("Example: " + example + "\n\n" + kFooter);
+    sub->callback([this, value] { arguments.command = value; });
+    return sub;
+  }
+
+  CLI::Option* config(CLI::App* sub) {
+    CLI::Option* path =
+        sub->add_option("CONFIG", arguments.config_path,
+                        "YAML file that describes the run. Relative paths in it start at the current "
+                        "directory.");
+    sub->add_option(
+           "--set", arguments.settings,
+           "Sets a key of the configuration, as in --set quantization.bits=2. May be given several times; it "
+           "wins over the file.")
+        ->type_name("KEY=VALUE")
+        ->take_all()
+        ->allow_extra_args(false);
+    return path;
+  }
+
+  void stage(Command value, const std::string& name, const std::string& description,
+             const std::string& example) {
+    CLI::App* sub = command(value, name, description, example);
+    config(sub)->required();
+    sub->add_flag("--resume", arguments.resume,
+                  "Continues the interrupted run in the configuration's output directory.");
+  }
+};
+
+void add_commands(Builder& b) {
+  Arguments& a = b.arguments;
+  b.stage(Command::run, "run", "Measures, quantizes and evaluates a model, one stage after the other.",
+          "mpirun -n 4 isobath run configs/quickstart.yaml --set quantization.bits=4");
+  b.stage(Command::measure, "measure", "Measures the sensitivity statistics and leaves them in measure/.",
+          "mpirun -n 4 isobath measure configs/quickstart.yaml");
+  b.stage(Command::quantize, "quantize", "Quantizes the model with the statistics that measure left.",
+          "mpirun -n 4 isobath quantize configs/quickstart.yaml --resume");
+
+  CLI::App* evaluate =
+      b.command(Command::evaluate, "evaluate",
+                "Compares a quantized checkpoint with the original model on the evaluation tokens.",
+                "mpirun -n 4 isobath evaluate configs/quickstart.yaml --checkpoint runs/a/model");
+  b.config(evaluate)->required();
+  auto* checkpoint =
+      evaluate->add_option("--checkpoint", a.checkpoint,
+                           "Checkpoint directory to evaluate. Without it, the run directory's is taken.");
+  checkpoint->type_name("DIR");
+  auto* original = evaluate->add_flag("--original-only", a.original_only,
+                                      "Evaluates only the original model, without a run directory.");
+  checkpoint->excludes(original);
+  evaluate
+      ->add_option("--json", a.json_output,
+                   "Also writes the result to this file. Needs --checkpoint or --original-only; a run "
+                   "directory has its "
+                   "evaluation.json.")
+      ->type_name("FILE");
+
+  CLI::App* inspect =
+      b.command(Command::inspect, "inspect",
+                "Lists modules by sensitivity, from a statistics file, a measure/ directory or a run "
+                "directory. Needs no mpirun.",
+                "isobath inspect runs/a/measure --top 10");
+  inspect->add_option("PATH", a.statistics, "Statistics file or directory.")->required();
+  inspect->add_option("--top", a.top, "Number of modules in the table.")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 1'000'000'000));
+  inspect->add_flag("--json", a.as_json, "Prints all modules as JSON instead of the table.");
+
+  CLI::App* check =
+      b.command(Command::check, "check",
+                "Validates a configuration and prints it complete, with what the run would do. Reads no "
+                "weights and needs no mpirun.",
+                "isobath check configs/quickstart.yaml --ranks 64");
+  b.config(check);
+  check->add_option("--ranks", a.n_ranks, "Number of ranks to check for. Without it, those running now.")
+      ->check(CLI::Range(1, 1'000'000));
+  auto* keys =
+      check->add_flag("--keys", a.shows_keys, "Prints all keys with type, default and unit as Markdown.");
+  check->add_flag("--schema", a.shows_schema, "Prints the JSON schema of the configuration.")->excludes(keys);
+
+  b.command(Command::version, "version", "Prints the versions of isobath and of what it is built on.",
+            "isobath version");
+}
+
+std::string usage_problem(const Arguments& a) {
+  const bool is_reference = a.shows_keys || a.shows_schema;
+  if (a.command == Command::check && a.config_path.empty() && !is_reference)
+    return "check: CONFIG is required (or --keys, or --schema)";
+  if (a.command == Command::evaluate && !a.json_output.empty() && a.checkpoint.empty() && !a.original_only)
+    return "evaluate: --json needs --checkpoint or --original-only; a run directory has its own "
+           "evaluation.json";
+  return "";
+}
+
+}  // namespace
+
+std::variant<Arguments, Usage> parse_arguments(int argc, const char* const* argv) {
+  Builder b;
+  b.app.require_subcommand(1);
+  b.app.footer(std::string("Example: mpirun -n 2 isobath run configs/quickstart.yaml\n\n") + kFooter);
+  b.app.fallthrough();
+  constexpr size_t kOptionColumn = 28;
+  b.app.get_formatter()->column_width(kOptionColumn);
+  auto* verbose =
+      b.app.add_flag("-v,--verbose", b.is_verbose, "Also prints what only a developer wants to know.");
+  b.app.add_flag("-q,--quiet", b.is_quiet, "Prints only warnings, errors and results.")->excludes(verbose);
+  add_commands(b);
+  try {
+    b.app.parse(argc, argv);
+  } catch (const CLI::ParseError& problem) {
+    std::ostringstream out, err;
+    const int code = b.app.exit(problem, out, err);
+    std::string text = code == 0 ? out.str() : err.str();
+    if (code != 0) text.erase(text.find_last_not_of('\n') + 1);
+    return Usage{code == 0 ? ExitCode::ok : ExitCode::config, text};
+  }
+  if (b.is_verbose) b.arguments.level = log::Level::debug;
+  if (b.is_quiet) b.arguments.level = log::Level::warning;
+  if (const std::string problem = usage_problem(b.arguments); !problem.empty())
+    return Usage{ExitCode::config, problem + "\nRun with --help for more information."};
+  return b.arguments;
+}
+
+}  // namespace isobath::cli

@@ -1,0 +1,106 @@
+#include <isobath/cli/commands.hpp>
+
+#include <torch/headeronly/version.h>
+#include <isobath/cli/inspect.hpp>
+#include <isobath/comm/device_communicator.hpp>
+#include <isobath/comm/watchdog.hpp>
+#include <isobath/config/run_config.hpp>
+#include <isobath/config/schema.hpp>
+#include <isobath/core/version.hpp>
+#include <isobath/io/files.hpp>
+#include <isobath/pipeline/run.hpp>
+#include <isobath/report/table.hpp>
+
+namespace isobath::cli {
+namespace {
+
+using pipeline::Stage;
+
+/// A configuration is a page; more is a mistaken path.
+constexpr int64_t kMaxConfigBytes = int64_t{1} << 20;
+
+config::RunConfig load_config(const Arguments& arguments, const comm::Communicator& world) {
+  std::string text;
+  world.agree_on([&] {
+    if (world.rank() != 0) return;
+    if (!std::filesystem::is_regular_file(arguments.config_path))
+      fail<ConfigError>("{}: expected a configuration file, found {}", arguments.config_path,
+                        std::filesystem::exists(arguments.config_path) ? "something else" : "nothing");
+    text = io::read_text(arguments.config_path, kMaxConfigBytes);
+  });
+  world.broadcast(text, 0);
+  config::RunConfig config;
+  try {
+    config = config::parse(text, arguments.settings, arguments.config_path);
+  } catch (const ConfigError& problem) {
+    // Every rank parses the same text, so all are here.
+    throw AgreedFailure(problem.code(), problem.what());
+  }
+  comm::Watchdog::configure(std::chrono::seconds(config.ranks.watchdog_s));
+  return config;
+}
+
+void check(const Arguments& arguments, const comm::Communicator& world) {
+  if (arguments.shows_keys) return log::print(config::keys_markdown());
+  if (arguments.shows_schema) return log::print(config::json_schema());
+  const config::RunConfig config = load_config(arguments, world);
+  world.agree_on([&] {
+    if (world.rank() != 0) return;
+    report::Table table({"key", "value", "unit"});
+    const std::vector<config::KeyInfo>& keys = config::all_keys();
+    const auto values = config.flatten();
+    for (size_t i = 0; i < keys.size(); ++i) table.add({keys[i].key, values[i].second, keys[i].unit});
+    log::print(table.text() + "\n");
+    const int n_ranks = arguments.n_ranks > 0 ? arguments.n_ranks : world.size();
+    const pipeline::CheckResult result = pipeline::check(config, n_ranks);
+    if (!result.summary.empty()) log::print(result.summary + (result.summary.ends_with("\n") ? "" : "\n"));
+    if (!result.problems.empty())
+      fail<ConfigError>("{} with {} rank{}:\n  {}", arguments.config_path, n_ranks, n_ranks == 1 ? "" : "s",
+                        fmt::join(result.problems, "\n  "));
+  });
+}
+
+void evaluate(const Arguments& arguments, const comm::Communicator& world) {
+  const config::RunConfig config = load_config(arguments, world);
+  if (arguments.checkpoint.empty() && !arguments.original_only)
+    pipeline::run(config, {Stage::evaluate}, false, world);
+  else
+    pipeline::evaluate_checkpoints(config, arguments.checkpoint, arguments.json_output, world);
+}
+
+void inspect(const Arguments& arguments, const comm::Communicator& world) {
+  world.agree_on([&] {
+    if (world.rank() != 0) return;
+    log::print(arguments.as_json ? inspect_json(arguments.statistics)
+                                 : inspect_table(arguments.statistics, arguments.top));
+  });
+}
+
+void version() {
+  log::print(fmt::format("isobath {} ({})\nLibTorch {}\nMPI {}\ndevice communicator: {}\n", kVersion,
+                         kRevision, TORCH_VERSION, ISOBATH_MPI_LIBRARY, comm::device_backend_name()));
+}
+
+}  // namespace
+
+void execute(const Arguments& arguments, const comm::Communicator& world) {
+  switch (arguments.command) {
+    case Command::run:
+      return pipeline::run(load_config(arguments, world), {Stage::measure, Stage::quantize, Stage::evaluate},
+                           arguments.resume, world);
+    case Command::measure:
+      return pipeline::run(load_config(arguments, world), {Stage::measure}, arguments.resume, world);
+    case Command::quantize:
+      return pipeline::run(load_config(arguments, world), {Stage::quantize}, arguments.resume, world);
+    case Command::evaluate:
+      return evaluate(arguments, world);
+    case Command::inspect:
+      return inspect(arguments, world);
+    case Command::check:
+      return check(arguments, world);
+    case Command::version:
+      return version();
+  }
+}
+
+}  // namespace isobath::cli

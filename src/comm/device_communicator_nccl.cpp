@@ -1,0 +1,172 @@
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAFunctions.h>
+
+#include <isobath/comm/device_communicator.hpp>
+#include <map>
+
+#include "nccl_channel.hpp"
+#include "staging.hpp"
+
+namespace isobath::comm {
+namespace {
+
+using Edge = std::pair<int, int>;  // source, destination
+
+at::Tensor as_tensor(ncclUniqueId& id) {
+  return at::from_blob(&id, {sizeof(id)}, at::kByte);
+}
+
+std::shared_ptr<NcclChannel> make_edge(const Communicator& control, Edge edge, c10::Device device) {
+  ncclUniqueId id{};
+  at::Tensor bytes = as_tensor(id);
+  if (control.rank() == edge.first) {
+    ISOBATH_NCCL(nullptr, ncclGetUniqueId(&id));
+    control.send(bytes, edge.second, 0);
+  } else {
+    control.receive(bytes, edge.first, 0);
+  }
+  return std::make_shared<NcclChannel>(id, 2, control.rank() == edge.first ? 0 : 1, device);
+}
+
+}  // namespace
+
+struct DeviceCommunicator::State {
+  const Communicator* comm;
+  c10::Device device;
+  std::shared_ptr<NcclChannel> everyone;
+  /// One channel per direction between neighbours of a pipeline: in a shared one, a send to the next stage
+  /// could stand behind a receive that waits for that stage. Other pairs, which the pipeline does not use, go
+  /// over MPI.
+  std::map<Edge, std::shared_ptr<NcclChannel>> edges;
+};
+
+struct DeviceCommunicator::Transfer::State {
+  StagedTransfer staged;
+  std::shared_ptr<NcclChannel> channel;
+  at::Tensor buffer;       // contiguous; what NCCL reads or writes
+  at::Tensor destination;  // defined while a receive goes through a buffer of its own
+  std::optional<CudaEvent> done;
+};
+
+DeviceCommunicator::DeviceCommunicator(const Communicator& comm, c10::Device device)
+    : state_(std::make_unique<State>(State{&comm, device, nullptr, {}})) {
+  const Communicator control = comm.duplicate();
+  // Ranks may sit on different kinds of device; NCCL needs CUDA on all of them.
+  if (comm.size() == 1 || control.any(!device.is_cuda())) return;
+  ncclUniqueId id{};
+  if (control.rank() == 0) ISOBATH_NCCL(nullptr, ncclGetUniqueId(&id));
+  at::Tensor bytes = as_tensor(id);
+  control.broadcast(bytes, 0);
+  state_->everyone = std::make_shared<NcclChannel>(id, control.size(), control.rank(), device);
+  // Even pairs first, then odd ones: the pairs of one round start at the same time.
+  for (int parity = 0; parity < 2; ++parity) {
+    const int lower = control.rank() % 2 == parity ? control.rank() : control.rank() - 1;
+    if (lower < 0 || lower + 1 >= control.size()) continue;
+    for (const Edge edge : {Edge{lower, lower + 1}, Edge{lower + 1, lower}}) {
+      state_->edges[edge] = make_edge(control, edge, device);
+    }
+  }
+}
+
+DeviceCommunicator::~DeviceCommunicator() = default;
+DeviceCommunicator::DeviceCommunicator(DeviceCommunicator&&) noexcept = default;
+DeviceCommunicator& DeviceCommunicator::operator=(DeviceCommunicator&&) noexcept = default;
+
+DeviceCommunicator::Transfer::Transfer() = default;
+DeviceCommunicator::Transfer::Transfer(Transfer&&) noexcept = default;
+DeviceCommunicator::Transfer& DeviceCommunicator::Transfer::operator=(Transfer&& other) noexcept {
+  std::swap(state_, other.state_);
+  return *this;
+}
+
+DeviceCommunicator::Transfer::~Transfer() {
+  // NCCL may still use the memory of a transfer that was dropped: it has to outlive the process's CUDA
+  // context.
+  if (state_ && state_->done) static_cast<void>(state_.release());
+}
+
+void DeviceCommunicator::Transfer::wait() {
+  if (!state_) return;
+  if (state_->done) {
+    state_->channel->wait(*state_->done, "device transfer");
+    state_->done.reset();
+    if (state_->destination.defined()) state_->destination.copy_(state_->buffer);
+  }
+  state_->staged.wait();
+  state_.reset();
+}
+
+DeviceCommunicator::Transfer DeviceCommunicator::send_async(const at::Tensor& tensor, int destination,
+                                                            int tag) const {
+  Transfer transfer;
+  transfer.state_ = std::make_unique<Transfer::State>();
+  const auto edge = state_->edges.find({state_->comm->rank(), destination});
+  if (!tensor.is_cuda() || edge == state_->edges.end()) {
+    transfer.state_->staged = StagedTransfer::send(*state_->comm, tensor, destination, tag);
+    return transfer;
+  }
+  transfer.state_->channel = edge->second;
+  const at::Tensor buffer = transfer.state_->buffer = tensor.contiguous();
+  transfer.state_->done = edge->second->enqueue([&](ncclComm_t comm, cudaStream_t stream) {
+    return ncclSend(buffer.const_data_ptr(), buffer.nbytes(), ncclUint8, 1, comm, stream);
+  });
+  return transfer;
+}
+
+DeviceCommunicator::Transfer DeviceCommunicator::receive_async(at::Tensor& tensor, int source,
+                                                               int tag) const {
+  Transfer transfer;
+  transfer.state_ = std::make_unique<Transfer::State>();
+  const auto edge = state_->edges.find({source, state_->comm->rank()});
+  if (!tensor.is_cuda() || edge == state_->edges.end()) {
+    transfer.state_->staged = StagedTransfer::receive(*state_->comm, tensor, source, tag);
+    return transfer;
+  }
+  transfer.state_->channel = edge->second;
+  const at::Tensor buffer = transfer.state_->buffer =
+      tensor.is_contiguous() ? tensor : at::empty(tensor.sizes(), tensor.options());
+  if (!buffer.is_same(tensor)) transfer.state_->destination = tensor;
+  transfer.state_->done = edge->second->enqueue([&](ncclComm_t comm, cudaStream_t stream) {
+    return ncclRecv(buffer.mutable_data_ptr(), buffer.nbytes(), ncclUint8, 0, comm, stream);
+  });
+  return transfer;
+}
+
+void DeviceCommunicator::broadcast(at::Tensor& tensor, int root) const {
+  // Decided by the kind of device alone: a layout that only one rank has must not send the ranks different
+  // ways.
+  if (!tensor.is_cuda() || !state_->everyone) return broadcast_staged(*state_->comm, tensor, root);
+  const at::Tensor buffer = tensor.contiguous();
+  const CudaEvent done = state_->everyone->enqueue([&](ncclComm_t comm, cudaStream_t stream) {
+    return ncclBroadcast(buffer.const_data_ptr(), buffer.mutable_data_ptr(), buffer.nbytes(), ncclUint8, root,
+                         comm, stream);
+  });
+  state_->everyone->wait(done, "device broadcast");
+  if (!buffer.is_same(tensor)) tensor.copy_(buffer);
+}
+
+c10::Device DeviceCommunicator::device() const {
+  return state_->device;
+}
+
+c10::Device select_device(const std::string& requested, const Communicator& node) {
+  if (requested == "cpu") return c10::kCPU;
+  if (requested != "auto" && requested != "cuda") {
+    fail<ConfigError>("unknown device '{}': expected auto, cpu or cuda", requested);
+  }
+  const int n_devices = c10::cuda::device_count();
+  if (n_devices > 0) {
+    return {c10::kCUDA, static_cast<c10::DeviceIndex>(node.rank() % n_devices)};
+  }
+  if (requested == "auto") return c10::kCPU;
+  fail<ConfigError>(
+      "device 'cuda' was requested, but {} shows no CUDA device: use 'cpu' or 'auto', or check the driver "
+      "and CUDA_VISIBLE_DEVICES",
+      node.host());
+}
+
+const char* device_backend_name() {
+  return "nccl";
+}
+
+}  // namespace isobath::comm

@@ -1,0 +1,165 @@
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+#include <fmt/ranges.h>
+
+#include <cmath>
+#include <isobath/core/error.hpp>
+#include <isobath/core/random.hpp>
+#include <isobath/model/head.hpp>
+
+namespace isobath::model {
+namespace {
+
+/// Tokens whose logits exist at once: [256, 128256] f32 is 125 MiB.
+constexpr int64_t kChunkTokens = 256;
+
+/// The predicted positions of one chunk of one sequence.
+struct Chunk {
+  int64_t row;          ///< of the microbatch
+  int64_t sequence;     ///< global index
+  int64_t first;        ///< first token
+  int64_t n_tokens;     ///< rows of the chunk
+  int64_t n_predicted;  ///< leading rows that predict a token; the others are padding or the sequence's last
+                        ///< token
+};
+
+std::vector<Chunk> chunks_of(const at::Tensor& lengths, int64_t n_tokens, Range sequences) {
+  // Chunks never cross a sequence and are cut at fixed places, so that a sequence's result depends on itself
+  // alone.
+  std::vector<Chunk> chunks;
+  for (int64_t row = 0; row < lengths.size(0); ++row) {
+    const int64_t n_predicted = lengths[row].item<int64_t>() - 1;
+    ISOBATH_CHECK(n_predicted < n_tokens, "sequence {} has length {} in a microbatch of {} tokens",
+                  sequences.begin + row, n_predicted + 1, n_tokens);
+    for (int64_t first = 0; first < n_predicted; first += kChunkTokens) {
+      chunks.push_back({row, sequences.begin + row, first, std::min(kChunkTokens, n_tokens - first),
+                        std::min(kChunkTokens, n_predicted - first)});
+    }
+  }
+  return chunks;
+}
+
+/// Final RMSNorm of a chunk, keeping what its backward needs.
+struct NormedChunk {
+  at::Tensor unit;    ///< x / rms(x), f32
+  at::Tensor scale;   ///< 1 / rms(x), f32 [n, 1]
+  at::Tensor output;  ///< dtype of hidden, exactly `rms_norm`'s
+
+  NormedChunk(const at::Tensor& hidden, const at::Tensor& weight, double eps) {
+    const at::Tensor wide = hidden.to(at::kFloat);
+    scale = at::rsqrt(wide.square().mean(-1, /*keepdim=*/true) + eps);
+    unit = wide * scale;
+    output = weight * unit.to(hidden.scalar_type());
+  }
+
+  /// ∂L/∂x = scale · (g − unit · mean(g · unit)), with g = weight · ∂L/∂output.
+  [[nodiscard]] at::Tensor backward(const at::Tensor& gradient, const at::Tensor& weight) const {
+    const at::Tensor g = (gradient * weight).to(at::kFloat);
+    const at::Tensor along = (g * unit).mean(-1, /*keepdim=*/true);
+    return (scale * (g - unit * along)).to(gradient.scalar_type());
+  }
+};
+
+/// Σ nll over the predicted tokens of a chunk, in token order.
+double sum_nll(const at::Tensor& log_probabilities, const at::Tensor& data_labels, const Chunk& chunk) {
+  const at::Tensor nll = log_probabilities.narrow(0, 0, chunk.n_predicted)
+                             .gather(1, data_labels.unsqueeze(1))
+                             .neg()
+                             .to(at::kDouble)
+                             .cpu();
+  double sum = 0;
+  for (int64_t t = 0; t < chunk.n_predicted; ++t) {
+    const double value = nll.const_data_ptr<double>()[t];
+    if (!std::isfinite(value)) {
+      fail<NumericError>(
+          "non-finite loss ({}) in calibration sequence {} at token {}; the hidden states of the last block "
+          "or "
+          "the output projection overflowed in this dtype",
+          value, chunk.sequence, chunk.first + t);
+    }
+    sum += value;
+  }
+  return sum;
+}
+
+/// Labels drawn by inverse transform: the first whose cumulative probability exceeds u. [n_predicted,
+/// n_samples] i64.
+at::Tensor draw_labels(const at::Tensor& probabilities, const Chunk& chunk, const LossSpec& loss) {
+  const CounterRandom random(loss.seed, RandomPurpose::fisher_label);
+  at::Tensor uniform = at::empty({chunk.n_predicted, loss.n_samples}, at::kDouble);
+  auto* value = uniform.mutable_data_ptr<double>();
+  for (int64_t t = 0; t < chunk.n_predicted; ++t) {
+    for (int64_t sample = 0; sample < loss.n_samples; ++sample) {
+      *value++ = random.uniform(static_cast<uint64_t>(chunk.sequence), static_cast<uint32_t>(chunk.first + t),
+                                static_cast<uint32_t>(sample));
+    }
+  }
+  // f64: an f32 running sum over 1e5 tokens is off by more than a rare token's probability.
+  const at::Tensor cumulative = probabilities.narrow(0, 0, chunk.n_predicted).cumsum(-1, at::kDouble);
+  // The total is 1 up to rounding; scaling u by it keeps the last token reachable and no more than that.
+  const at::Tensor target =
+      uniform.to(probabilities.device()) * cumulative.narrow(1, cumulative.size(1) - 1, 1);
+  return at::searchsorted(cumulative, target, /*out_int32=*/false, /*right=*/true)
+      .clamp_max_(cumulative.size(1) - 1);
+}
+
+/// ∂L/∂output of the final norm: (p − onehot(label)) · lm_head, the first factor cast to the compute dtype;
+/// zero for the rows that predict nothing.
+at::Tensor output_gradient(const at::Tensor& probabilities, const at::Tensor& labels, const Chunk& chunk,
+                           const at::Tensor& lm_head) {
+  at::Tensor difference = probabilities.clone();
+  difference.narrow(0, 0, chunk.n_predicted)
+      .scatter_add_(1, labels.unsqueeze(1), at::full({chunk.n_predicted, 1}, -1.0, probabilities.options()));
+  difference.narrow(0, chunk.n_predicted, chunk.n_tokens - chunk.n_predicted).zero_();
+  return at::mm(difference.to(lm_head.scalar_type()), lm_head);
+}
+
+}  // namespace
+
+at::Tensor embed(const at::Tensor& embedding, const at::Tensor& tokens) {
+  return at::embedding(embedding, tokens);
+}
+
+at::Tensor head_logits(const ModelConfig& config, const HeadWeights& head, const at::Tensor& hidden) {
+  return at::linear(rms_norm(hidden, head.final_norm, config.rms_eps), head.lm_head).to(at::kFloat);
+}
+
+LossResult loss_and_gradient(const ModelConfig& config, const HeadWeights& head, const at::Tensor& hidden,
+                             const at::Tensor& tokens, const at::Tensor& lengths, Range sequences,
+                             const LossSpec& loss) {
+  ISOBATH_CHECK(hidden.dim() == 3 && hidden.size(0) == tokens.size(0) && hidden.size(1) == tokens.size(1),
+                "hidden states {} for tokens {}", fmt::join(hidden.sizes(), "x"),
+                fmt::join(tokens.sizes(), "x"));
+  ISOBATH_CHECK(sequences.size() == tokens.size(0) && lengths.numel() == tokens.size(0),
+                "{} sequences and {} lengths for {} rows", sequences.size(), lengths.numel(), tokens.size(0));
+  ISOBATH_CHECK(loss.n_samples >= 1 && (loss.kind == LossKind::fisher || loss.n_samples == 1), "{} samples",
+                loss.n_samples);
+  const c10::AutoGradMode no_gradient(false);
+  const at::Tensor labels = tokens.to(at::kLong);
+  LossResult result;
+  result.gradient =
+      at::zeros({loss.n_samples, hidden.size(0), hidden.size(1), hidden.size(2)}, hidden.options());
+
+  for (const Chunk& chunk : chunks_of(lengths.cpu(), hidden.size(1), sequences)) {
+    const NormedChunk normed(hidden[chunk.row].narrow(0, chunk.first, chunk.n_tokens), head.final_norm,
+                             config.rms_eps);
+    at::Tensor probabilities = at::log_softmax(at::linear(normed.output, head.lm_head).to(at::kFloat), -1);
+    const at::Tensor data_labels = labels[chunk.row].narrow(0, chunk.first + 1, chunk.n_predicted);
+    result.nll_sum += sum_nll(probabilities, data_labels, chunk);
+    result.n_predicted += chunk.n_predicted;
+    probabilities.exp_();
+
+    const at::Tensor samples =
+        loss.kind == LossKind::nll ? data_labels.unsqueeze(1) : draw_labels(probabilities, chunk, loss);
+    for (int64_t sample = 0; sample < loss.n_samples; ++sample) {
+      const at::Tensor gradient =
+          output_gradient(probabilities, samples.select(1, sample), chunk, head.lm_head);
+      result.gradient[sample][chunk.row]
+          .narrow(0, chunk.first, chunk.n_tokens)
+          .copy_(normed.backward(gradient, head.final_norm));
+    }
+  }
+  return result;
+}
+
+}  // namespace isobath::model

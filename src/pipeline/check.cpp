@@ -1,0 +1,101 @@
+#include <ATen/ATen.h>
+
+#include <isobath/data/shards.hpp>
+#include <isobath/io/safetensors_reader.hpp>
+#include <isobath/model/balance.hpp>
+#include <isobath/model/checkpoint_reader.hpp>
+#include <isobath/pipeline/run.hpp>
+#include <isobath/pipeline/validate.hpp>
+#include <isobath/quant/grid.hpp>
+
+namespace isobath::pipeline {
+
+void require_quantizable(const config::RunConfig& config, const model::ModelConfig& model) {
+  std::string problems;
+  for (int64_t block = 0; block < model.n_blocks; ++block) {
+    for (int set = 0; set < model::kInputSets; ++set) {
+      for (const model::Projection projection : model::input_set(set)) {
+        const std::string module = model::module_name(block, projection);
+        const auto choice = config::choice_for(config.quantization, module);
+        const model::ModuleShape shape = model::module_shape(model, projection);
+        if (choice.quantized && choice.group > 0 && shape.columns % choice.group != 0)
+          problems += fmt::format("\n  {}: group {} does not divide its {} input channels; groups that do: {}", module,
+                                  choice.group, shape.columns, groups_that_divide(shape.columns));
+      }
+    }
+    if (!problems.empty()) break;  // every block has the same shapes: one block's list is enough
+  }
+  if (config.sensitivity.row_groups > 1) {
+    for (int p = 0; p < model::kProjections; ++p) {
+      const auto projection = static_cast<model::Projection>(p);
+      const model::ModuleShape shape = model::module_shape(model, projection);
+      if (config.sensitivity.row_groups > shape.rows)
+        problems += fmt::format("\n  sensitivity.row_groups = {} exceeds the {} output channels of {}",
+                                config.sensitivity.row_groups, shape.rows, model::name_of(projection));
+    }
+  }
+  if (!problems.empty()) fail<ConfigError>("the configuration does not fit the model {}:{}", config.model, problems);
+}
+
+std::string groups_that_divide(int64_t columns) {
+  std::string list;
+  for (const int64_t group : {16, 32, 64, 96, 128, 192, 256, 512})
+    if (columns % group == 0) list += fmt::format("{}{}", list.empty() ? "" : ", ", group);
+  return list.empty() ? "channel" : list + ", channel";
+}
+
+CheckResult check(const config::RunConfig& config, int n_ranks) {
+  CheckResult result;
+  const auto attempt = [&](const auto& action) {
+    try {
+      action();
+    } catch (const Error& error) {
+      result.problems.emplace_back(error.what());
+    }
+  };
+  attempt([&] {
+    const model::CheckpointReader reader(config.model);
+    const model::ModelConfig& model = reader.config();
+    attempt([&] { require_quantizable(config, model); });
+    double n_parameters = 0, bits = 0, n_quantized = 0;
+    for (int64_t block = 0; block < model.n_blocks; ++block) {
+      for (int p = 0; p < model::kProjections; ++p) {
+        const auto projection = static_cast<model::Projection>(p);
+        const model::ModuleShape shape = model::module_shape(model, projection);
+        const double n = static_cast<double>(shape.rows) * static_cast<double>(shape.columns);
+        n_parameters += n;
+        const auto choice = config::choice_for(config.quantization, model::module_name(block, projection));
+        if (!choice.quantized) continue;
+        n_quantized += n;
+        bits += n * quant::bits_per_weight(shape.columns, {.bits = choice.bits, .group = choice.group,
+                                                           .symmetric = config.quantization.symmetric, .storage = model.dtype});
+      }
+    }
+    result.summary += fmt::format("model      {}: {}, {} blocks, d_model {}, {:.1f} M weights in linears\n", config.model,
+                                  model.architecture, model.n_blocks, model.d_model, n_parameters / 1e6);
+    if (n_quantized > 0)
+      result.summary += fmt::format("output     {:.3f} bits per quantized weight, {:.1f} MB in quantized linears\n",
+                                    bits / n_quantized, bits / 8e6);
+    attempt([&] {
+      const int stages = config.ranks.stages > 0 ? config.ranks.stages : n_ranks;
+      if (config.ranks.stages > 0) {
+        const std::vector<Range> ranges = model::balance_stages(model, config.calibration.length, stages);
+        std::string text;
+        for (const Range& range : ranges) text += fmt::format(" [{}, {})", range.begin, range.end);
+        result.summary += fmt::format("stages     {}:{}\n", stages, text);
+      }
+    });
+    const data::ShardPlan shards(config.calibration.sequences, config.calibration.logical_shards, config.calibration.microbatch);
+    result.summary += fmt::format("tokens     {} sequences of {} = {} in {} logical shards, {} microbatches\n",
+                                  config.calibration.sequences, config.calibration.length,
+                                  config.calibration.sequences * config.calibration.length, shards.n_shards(),
+                                  shards.microbatches().size());
+  });
+  for (const auto& [key, path] : {std::pair("calibration.tokens", config.calibration.tokens),
+                                  std::pair("evaluation.tokens", config.evaluation.tokens)})
+    if (!path.empty() && !std::filesystem::exists(path))
+      result.problems.push_back(fmt::format("{}: {} does not exist; tools/python/prepare_tokens.py makes token files", key, path));
+  return result;
+}
+
+}  // namespace isobath::pipeline

@@ -1,0 +1,247 @@
+#include <isobath/pipeline/measure.hpp>
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <isobath/comm/watchdog.hpp>
+#include <isobath/core/log.hpp>
+#include <isobath/core/stop_signal.hpp>
+#include <isobath/core/timer.hpp>
+#include <isobath/io/files.hpp>
+#include <isobath/model/head.hpp>
+#include <isobath/pipeline/block_observer.hpp>
+#include <isobath/pipeline/link.hpp>
+#include <isobath/pipeline/schedule.hpp>
+#include <isobath/pipeline/share.hpp>
+#include <isobath/report/progress.hpp>
+#include <nlohmann/json.hpp>
+
+namespace isobath::pipeline {
+namespace {
+
+// Between segments the pipeline drains and the ranks look for a stop request: long enough that the drain costs
+// (stages − 1) / (8 · stages) < 1/8 of a segment at the very most, short enough to stop within a scheduler's grace.
+constexpr int64_t kMicrobatchesPerSegmentAndStage = 8;
+
+/// The blocks of one stage, driven by the steps of the schedule.
+class Stage {
+ public:
+  Stage(const Session& session, const CalibrationSet& calibration, const StageWeights& weights, const MeasurePass& pass)
+      : session_(session),
+        calibration_(calibration),
+        weights_(weights),
+        pass_(pass),
+        entry_stage_(session.stage_of(pass.first_block)),
+        blocks_{std::max(session.my_blocks().begin, pass.first_block), session.my_blocks().end},
+        forward_(session.grid->pipeline(), session.device, is_entry() ? -1 : session.grid->stage() - 1,
+                 session.is_last_stage() ? -1 : session.grid->stage() + 1),
+        backward_(session.grid->pipeline(), session.device, session.is_last_stage() ? -1 : session.grid->stage() + 1,
+                  is_entry() ? -1 : session.grid->stage() - 1),
+        rotary_(model::Rotary::make(session.model(), calibration.tokens.length(), session.device)),
+        loss_{.kind = session.config.sensitivity.loss == "fisher" ? model::LossKind::fisher : model::LossKind::nll,
+              .n_samples = session.config.sensitivity.samples,
+              .seed = session.config.calibration.seed} {
+    if (takes_part())
+      for (int64_t block = blocks_.begin; block < blocks_.end; ++block) observers_.emplace_back(session, calibration, block);
+  }
+
+  [[nodiscard]] bool takes_part() const { return session_.grid->stage() >= entry_stage_; }
+  [[nodiscard]] bool is_entry() const { return session_.grid->stage() == entry_stage_; }
+  [[nodiscard]] Range blocks() const { return blocks_; }
+  [[nodiscard]] std::vector<BlockObserver>& observers() { return observers_; }
+
+  /// Runs one segment of this replica's microbatches; nll receives each microbatch's loss by its global index (last stage).
+  void run(std::span<const data::Microbatch> microbatches, at::Tensor& nll, report::Progress& progress) {
+    if (!takes_part() || microbatches.empty()) return;
+    const auto n = static_cast<int64_t>(microbatches.size());
+    const int n_stages = session_.grid->shape().stages - entry_stage_, position = session_.grid->stage() - entry_stage_;
+    if (!is_entry()) expect_hidden(microbatches[0]);
+    if (!session_.is_last_stage()) expect_gradient(microbatches[0]);
+    for (const Step& step : one_forward_one_backward(n, position, n_stages)) {
+      const data::Microbatch& microbatch = microbatches[static_cast<size_t>(step.microbatch)];
+      const bool has_next = step.microbatch + 1 < n;
+      if (step.kind == Step::Kind::forward) {
+        forward(microbatch);
+        if (has_next && !is_entry()) expect_hidden(microbatches[static_cast<size_t>(step.microbatch + 1)]);
+      } else {
+        const bool closes_shard =
+            !has_next || microbatches[static_cast<size_t>(step.microbatch + 1)].shard != microbatch.shard;
+        backward(microbatch, closes_shard, nll);
+        if (has_next && !session_.is_last_stage()) expect_gradient(microbatches[static_cast<size_t>(step.microbatch + 1)]);
+        progress.advance();
+      }
+    }
+    forward_.flush();
+    backward_.flush();
+  }
+
+ private:
+  [[nodiscard]] at::TensorOptions options() const { return at::TensorOptions().dtype(session_.dtype).device(session_.device); }
+  [[nodiscard]] std::vector<int64_t> hidden_shape(const data::Microbatch& microbatch) const {
+    return {microbatch.sequences.size(), calibration_.tokens.length(), session_.model().d_model};
+  }
+  void expect_hidden(const data::Microbatch& microbatch) { forward_.expect(hidden_shape(microbatch), options()); }
+  void expect_gradient(const data::Microbatch& microbatch) {
+    std::vector<int64_t> shape = hidden_shape(microbatch);
+    shape.insert(shape.begin(), loss_.n_samples);
+    backward_.expect(shape, options());
+  }
+
+  void forward(const data::Microbatch& microbatch) {
+    const at::NoGradGuard no_grad;
+    at::Tensor hidden;
+    if (!is_entry()) hidden = forward_.take();
+    else if (pass_.source) hidden = pass_.source(microbatch);
+    else hidden = model::embed(weights_.embedding, calibration_.tokens_of(microbatch.sequences).to(session_.device));
+    // One input a block and microbatch is all that the backward pass needs.
+    std::vector<at::Tensor>& inputs = in_flight_[microbatch.index];
+    for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
+      inputs.push_back(hidden);
+      hidden = model::block_forward(session_.model(), rotary_, weights_.blocks.at(block), hidden,
+                                    [](model::Projection, const at::Tensor& x, const model::Linear& linear) {
+                                      return model::apply_linear(x, linear);
+                                    });
+    }
+    if (session_.is_last_stage()) inputs.push_back(hidden);
+    else forward_.send(hidden);
+  }
+
+  void backward(const data::Microbatch& microbatch, bool closes_shard, at::Tensor& nll) {
+    std::vector<at::Tensor> inputs = std::move(in_flight_.at(microbatch.index));
+    in_flight_.erase(microbatch.index);
+    at::Tensor gradient;  // [n_samples, b, T, d_model]
+    if (session_.is_last_stage()) {
+      model::LossResult loss = model::loss_and_gradient(
+          session_.model(), weights_.head, inputs.back(), calibration_.tokens_of(microbatch.sequences).to(session_.device),
+          calibration_.lengths_of(microbatch.sequences), microbatch.sequences, loss_);
+      nll[microbatch.index][0] = loss.nll_sum;
+      nll[microbatch.index][1] = static_cast<double>(loss.n_predicted);
+      gradient = std::move(loss.gradient);
+    } else {
+      gradient = backward_.take();
+    }
+    for (int64_t block = blocks_.end - 1; block >= blocks_.begin; --block)
+      gradient = backward_through(block, inputs[static_cast<size_t>(block - blocks_.begin)], gradient, microbatch, closes_shard);
+    if (!is_entry()) backward_.send(gradient);
+  }
+
+  at::Tensor backward_through(int64_t block, const at::Tensor& input, const at::Tensor& gradient,
+                              const data::Microbatch& microbatch, bool closes_shard) {
+    BlockObserver& observer = observers_[static_cast<size_t>(block - blocks_.begin)];
+    const at::AutoGradMode with_grad(true);
+    const at::Tensor x = input.detach().requires_grad_(true);
+    observer.begin(microbatch, 0);
+    const at::Tensor y = model::block_forward(session_.model(), rotary_, weights_.blocks.at(block), x,
+                                              [&](model::Projection projection, const at::Tensor& in, const model::Linear& linear) {
+                                                return observer.apply(projection, in, linear);
+                                              });
+    std::vector<at::Tensor> input_gradients;
+    for (int64_t sample = 0; sample < loss_.n_samples; ++sample) {
+      observer.begin(microbatch, sample);
+      const bool keep_graph = sample + 1 < loss_.n_samples;
+      input_gradients.push_back(torch::autograd::grad({y}, {x}, {gradient[sample]}, keep_graph)[0]);
+    }
+    observer.finish_microbatch(closes_shard);
+    return at::stack(input_gradients);
+  }
+
+  const Session& session_;
+  const CalibrationSet& calibration_;
+  const StageWeights& weights_;
+  const MeasurePass& pass_;
+  int entry_stage_;
+  Range blocks_;
+  Link forward_, backward_;
+  model::Rotary rotary_;
+  model::LossSpec loss_;
+  std::vector<BlockObserver> observers_;
+  std::map<int64_t, std::vector<at::Tensor>> in_flight_;
+};
+
+}  // namespace
+
+StatisticsHeader statistics_header(const Session& session, const CalibrationSet& calibration) {
+  const config::Sensitivity& sensitivity = session.config.sensitivity;
+  return {{"format", "isobath statistics 1"},
+          {"model", session.source->tensors().fingerprint()},
+          {"tokens", calibration.tokens.digest},
+          {"n_sequences", std::to_string(calibration.tokens.n_sequences())},
+          {"length", std::to_string(calibration.tokens.length())},
+          {"microbatch", std::to_string(session.config.calibration.microbatch)},
+          {"logical_shards", std::to_string(calibration.shards.n_shards())},
+          {"seed", std::to_string(session.config.calibration.seed)},
+          {"loss", sensitivity.loss},
+          {"samples", std::to_string(sensitivity.samples)},
+          {"row_groups", std::to_string(sensitivity.row_groups)},
+          {"per_sequence", sensitivity.per_sequence},
+          {"probes", std::to_string(sensitivity.per_sequence == "probes" ? sensitivity.probes : 0)},
+          {"compute_dtype", c10::toString(session.dtype)}};
+}
+
+MeasureResult measure(const Session& session, const CalibrationSet& calibration, const StageWeights& weights,
+                      const MeasurePass& pass, report::EventLog& events) {
+  const Timer timer;
+  const comm::Communicator& world = session.world();
+  const comm::GridShape shape = session.grid->shape();
+  comm::Watchdog::set_activity(pass.title);
+  world.agree_on([&] {
+    if (world.rank() == 0) io::make_directories(pass.directory);
+  });
+
+  // Each replica takes its logical shards, a segment at a time; a segment is whole shards.
+  Stage stage(session, calibration, weights, pass);
+  const data::ShardPlan& shards = calibration.shards;
+  const std::vector<data::Microbatch> mine = shards.microbatches_of(session.grid->replica(), shape.replicas);
+  const auto n_microbatches = static_cast<int64_t>(shards.microbatches().size());
+  const int64_t microbatches_per_shard = std::max<int64_t>(1, n_microbatches / shards.n_shards());
+  const int64_t shards_per_segment =
+      std::max<int64_t>(1, kMicrobatchesPerSegmentAndStage * shape.stages / microbatches_per_shard);
+  const int64_t n_segments = (shards.shards_of(0, shape.replicas).size() + shards_per_segment - 1) / shards_per_segment;
+  at::Tensor nll = at::zeros({n_microbatches, 2}, at::kDouble);  // sum and count of each microbatch
+
+  {
+    report::Progress progress(pass.title, static_cast<int64_t>(mine.size()), "microbatches",
+                              session.config.calibration.microbatch * calibration.tokens.length() * shape.replicas,
+                              world.rank() == session.grid->world_rank(session.stage_of(pass.first_block), 0));
+    const Range my_shards = shards.shards_of(session.grid->replica(), shape.replicas);
+    for (int64_t segment = 0; segment < n_segments; ++segment) {
+      const Range now{my_shards.begin + segment * shards_per_segment,
+                      std::min(my_shards.end, my_shards.begin + (segment + 1) * shards_per_segment)};
+      const auto begin = std::find_if(mine.begin(), mine.end(), [&](const auto& m) { return m.shard >= now.begin; });
+      const auto end = std::find_if(mine.begin(), mine.end(), [&](const auto& m) { return m.shard >= now.end; });
+      stage.run({begin, std::max(begin, end)}, nll, progress);
+      if (world.any(stop_requested()))
+        fail<StopRequested>("stopped on request during {}; nothing of this stage is kept, --resume measures again", pass.title);
+    }
+  }
+
+  // D and the reduced statistics of each block meet on replica 0 of its stage, which writes the block's file.
+  const StatisticsHeader header = statistics_header(session, calibration);
+  std::string failure;
+  ExitCode code = ExitCode::io;
+  for (size_t i = 0; i < stage.observers().size(); ++i) {
+    const BlockStatistics statistics = stage.observers()[i].reduce();
+    if (session.grid->replica() != 0 || !failure.empty()) continue;
+    try {
+      write_statistics(pass.directory, stage.blocks().begin + static_cast<int64_t>(i), header, statistics);
+    } catch (const Error& error) {
+      failure = error.what();
+      code = error.code();
+    }
+  }
+  world.agree(failure, code);
+
+  share_disjoint(nll, world);
+  MeasureResult result{.wall_s = timer.seconds()};
+  double sum = 0;
+  for (int64_t i = 0; i < n_microbatches; ++i) {
+    sum += nll[i][0].item<double>();
+    result.n_tokens += static_cast<int64_t>(nll[i][1].item<double>());
+  }
+  result.nll_per_token = sum / static_cast<double>(std::max<int64_t>(1, result.n_tokens));
+  events.write("measured", {{"title", pass.title}, {"first_block", pass.first_block}, {"seconds", result.wall_s},
+                            {"tokens", result.n_tokens}, {"nll_per_token", result.nll_per_token}});
+  return result;
+}
+
+}  // namespace isobath::pipeline

@@ -1,0 +1,397 @@
+#include <isobath/pipeline/quantize.hpp>
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <isobath/comm/device_communicator.hpp>
+#include <isobath/comm/watchdog.hpp>
+#include <isobath/core/digest.hpp>
+#include <isobath/core/log.hpp>
+#include <isobath/core/stop_signal.hpp>
+#include <isobath/core/timer.hpp>
+#include <isobath/formats/compressed_tensors.hpp>
+#include <isobath/io/files.hpp>
+#include <isobath/model/head.hpp>
+#include <isobath/pipeline/measure.hpp>
+#include <isobath/pipeline/model_output.hpp>
+#include <isobath/report/progress.hpp>
+#include <nlohmann/json.hpp>
+
+namespace isobath::pipeline {
+namespace {
+
+namespace fs = std::filesystem;
+using model::Projection;
+
+constexpr int kHiddenTags = 16000;  // tags of Communicator are smaller than this
+
+std::string hidden_name(int64_t microbatch) { return fmt::format("hidden/{:08d}", microbatch); }
+
+nlohmann::json to_json(const ModuleRecord& record) {
+  return {{"module", record.module}, {"bits", record.bits}, {"group", record.group}, {"weighting", record.weighting},
+          {"damping", record.damping}, {"fallbacks", record.n_fallbacks},
+          {"effective_samples_per_channel", record.effective_samples_per_channel},
+          {"objective_round_to_nearest", record.objective_rounded}, {"objective", record.objective},
+          {"bits_per_weight", record.bits_per_weight}};
+}
+
+class QuantizePass {
+ public:
+  QuantizePass(const Session& session, const CalibrationSet& calibration, const StageWeights& weights,
+               const fs::path& statistics, checkpoint::RunDirectory& run, const checkpoint::Fingerprint& fingerprint,
+               report::EventLog& events)
+      : session_(session),
+        calibration_(calibration),
+        stage_weights_(weights),
+        statistics_(statistics),
+        run_(run),
+        events_(events),
+        generations_(run.path() / "checkpoint", session.config.checkpoint.keep, fingerprint, session.world()),
+        output_(session, run.path()),
+        solver_(session, calibration),
+        device_comm_(session.world(), session.device),
+        rotary_(model::Rotary::make(session.model(), calibration.tokens.length(), session.device)),
+        mine_(calibration.shards.microbatches_of(session.world().rank(), session.world().size())),
+        needs_hidden_(session.config.quantization.solver != "round_to_nearest") {
+    state_.stage = "quantize";
+    state_.seed = session.config.calibration.seed;
+  }
+
+  QuantizeResult run(bool resume) {
+    const Timer timer;
+    begin(resume);
+    {
+      const config::Reestimate& reestimate = session_.config.quantization.reestimate;
+      report::Progress progress("quantize", session_.model().n_blocks - state_.next_block, "blocks", 0,
+                                session_.world().rank() == 0);
+      while (state_.next_block < session_.model().n_blocks) {
+        const int64_t block = state_.next_block;
+        comm::Watchdog::set_activity(fmt::format("quantize, block {}", block));
+        if (needs_hidden_ && reestimate.policy == "every" && block > 0 && block % reestimate.blocks == 0 &&
+            state_.sensitivity_from_block < block)
+          estimate_again(block);
+        quantize_block(block, progress);
+        progress.advance();
+        save_if_due();
+      }
+    }
+    return finish(timer);
+  }
+
+ private:
+  void begin(bool resume) {
+    std::optional<checkpoint::Generation> generation;
+    if (resume) generation = generations_.open_latest(output_.partial_directory());
+    if (generation) {
+      state_ = generation->state();
+      log::info("resuming quantize at block {} from generation {}", state_.next_block, generation->number());
+      session_.world().agree_on([&] {
+        for (const data::Microbatch& microbatch : mine_)
+          if (needs_hidden_) hidden_[microbatch.index] = generation->read(hidden_name(microbatch.index)).to(session_.device);
+      });
+      return;
+    }
+    session_.world().agree_on([&] {
+      if (session_.world().rank() == 0) fs::remove_all(output_.partial_directory());
+    });
+    new_outputs_ = output_.write_outside_blocks();
+    if (needs_hidden_) embed_tokens();
+  }
+
+  void embed_tokens() {
+    const at::NoGradGuard no_grad;
+    // The first stage holds the embedding; every rank needs its own rows once.
+    const model::ModelConfig& model = session_.model();
+    at::Tensor embedding = stage_weights_.embedding.defined()
+                               ? stage_weights_.embedding
+                               : at::empty({model.vocab_size, model.d_model},
+                                           at::TensorOptions().dtype(session_.dtype).device(session_.device));
+    device_comm_.broadcast(embedding, session_.grid->world_rank(0, 0));
+    for (const data::Microbatch& microbatch : mine_)
+      hidden_[microbatch.index] =
+          model::embed(embedding, calibration_.tokens_of(microbatch.sequences).to(session_.device));
+  }
+
+  // D of blocks >= block, measured with the hidden states that the quantized prefix produces.
+  void estimate_again(int64_t block) {
+    const comm::Communicator& world = session_.world();
+    const int entry_stage = session_.stage_of(block), n_replicas = session_.grid->shape().replicas;
+    const int64_t n_shards = calibration_.shards.n_shards();
+    std::vector<std::pair<at::Tensor, comm::Request>> leaving;
+    for (const data::Microbatch& microbatch : mine_) {
+      const int reader = session_.grid->world_rank(
+          entry_stage, static_cast<int>(owner_of(microbatch.shard, n_shards, n_replicas)));
+      if (reader == world.rank()) continue;
+      at::Tensor hidden = hidden_.at(microbatch.index).cpu();
+      auto request = world.send_async(hidden, reader, static_cast<int>(microbatch.index % kHiddenTags));
+      leaving.emplace_back(std::move(hidden), std::move(request));
+    }
+    const auto source = [&](const data::Microbatch& microbatch) {
+      const int holder = static_cast<int>(owner_of(microbatch.shard, n_shards, world.size()));
+      if (holder == world.rank()) return hidden_.at(microbatch.index);
+      at::Tensor hidden = at::empty({microbatch.sequences.size(), calibration_.tokens.length(), session_.model().d_model},
+                                    session_.dtype);
+      world.receive(hidden, holder, static_cast<int>(microbatch.index % kHiddenTags));
+      return hidden.to(session_.device);
+    };
+    measure(session_, calibration_, stage_weights_,
+            {.title = fmt::format("re-estimate before block {}", block), .first_block = block, .source = source,
+             .directory = reestimated_directory(block)},
+            events_);
+    for (auto& [tensor, request] : leaving) request.wait();
+    state_.sensitivity_from_block = block;
+  }
+
+  [[nodiscard]] fs::path reestimated_directory(int64_t block) const {
+    return run_.path() / "measure" / fmt::format("before-block-{:05d}", block);
+  }
+  [[nodiscard]] fs::path current_statistics() const {
+    return state_.sensitivity_from_block < 0 ? statistics_ : reestimated_directory(state_.sensitivity_from_block);
+  }
+
+  [[nodiscard]] int owner_of_block(int64_t block) const { return session_.grid->world_rank(session_.stage_of(block), 0); }
+
+  // Every rank works on every block: its owner sends the weights to all.
+  [[nodiscard]] model::BlockWeights share_block(int64_t block) const {
+    const model::ModelConfig& model = session_.model();
+    const int owner = owner_of_block(block);
+    const auto options = at::TensorOptions().dtype(session_.dtype).device(session_.device);
+    model::BlockWeights shared;
+    const auto found = stage_weights_.blocks.find(block);
+    if (found != stage_weights_.blocks.end()) shared = found->second;
+    const auto share = [&](at::Tensor& tensor, at::IntArrayRef shape) {
+      if (!tensor.defined()) tensor = at::empty(shape, options);
+      device_comm_.broadcast(tensor, owner);
+    };
+    share(shared.input_norm, {model.d_model});
+    share(shared.post_attention_norm, {model.d_model});
+    for (int p = 0; p < model::kProjections; ++p) {
+      const model::ModuleShape shape = model::module_shape(model, static_cast<Projection>(p));
+      share(shared[static_cast<Projection>(p)].weight, {shape.rows, shape.columns});
+      if (shape.has_bias) share(shared[static_cast<Projection>(p)].bias, {shape.rows});
+    }
+    return shared;
+  }
+
+  [[nodiscard]] quant::GridSpec grid_of(const config::ModuleChoice& choice) const {
+    const config::Quantization& quantization = session_.config.quantization;
+    return {.bits = choice.bits, .group = choice.group, .symmetric = quantization.symmetric,
+            .clip_search = quantization.clip_search, .storage = session_.model().dtype};
+  }
+
+  void quantize_block(int64_t block, report::Progress& progress) {
+    const at::NoGradGuard no_grad;
+    const Timer timer;
+    const bool is_weighted = session_.config.quantization.weighting == "sensitivity" && needs_hidden_;
+    model::BlockWeights weights = share_block(block);
+    std::array<at::Tensor, model::kProjections> token_weights;
+    if (is_weighted) session_.world().agree_on([&] { token_weights = read_token_weights(current_statistics(), block); });
+
+    matrices_.clear();
+    std::vector<ModuleRecord> records;
+    inner_.clear();
+    for (int set = 0; set < model::kInputSets; ++set) {
+      std::vector<SolveTask> tasks;
+      for (const Projection projection : model::input_set(set)) {
+        const auto choice = config::choice_for(session_.config.quantization, model::module_name(block, projection));
+        if (choice.quantized)
+          tasks.push_back({projection, grid_of(choice), token_weights[static_cast<size_t>(projection)]});
+      }
+      if (!tasks.empty()) {
+        std::vector<Solved> solved = needs_hidden_ ? solver_.solve(block, tasks, weights, inputs_of(set, weights))
+                                                   : round(block, tasks, weights);
+        for (size_t t = 0; t < tasks.size(); ++t) {
+          // What follows sees the weights that a loader will see.
+          weights[tasks[t].projection].weight = quant::dequantize(solved[t].matrix).to(session_.dtype).to(session_.device);
+          records.push_back(solved[t].record);
+          matrices_.emplace(tasks[t].projection, std::move(solved[t].matrix));
+        }
+      }
+      if (needs_hidden_) advance(set, weights);
+    }
+    require_same_codes(block);
+    write_block(block);
+    report_block(block, records, timer.seconds(), progress);
+    state_.next_block = block + 1;
+  }
+
+  [[nodiscard]] std::vector<Solved> round(int64_t block, const std::vector<SolveTask>& tasks,
+                                          const model::BlockWeights& weights) const {
+    std::vector<Solved> solved;
+    for (const SolveTask& task : tasks) {
+      const at::Tensor w = weights[task.projection].weight.to(at::kCPU, at::kFloat).contiguous();
+      Solved one{.matrix = quant::round_to_nearest(w, {}, task.grid), .record = {}};
+      const at::Tensor identity = at::eye(w.size(1), at::kFloat);
+      one.record.module = model::module_name(block, task.projection);
+      one.record.bits = task.grid.bits;
+      one.record.group = task.grid.group;
+      one.record.weighting = "round_to_nearest";
+      one.record.objective = quant::objective(w, quant::dequantize(one.matrix), identity);
+      one.record.objective_rounded = one.record.objective;
+      one.record.bits_per_weight = quant::bits_per_weight(w.size(1), task.grid);
+      solved.push_back(std::move(one));
+    }
+    return solved;
+  }
+
+  // Inputs X of an input set, from what the sets before it left: hidden_ is the residual stream, inner_ the state inside a sublayer.
+  [[nodiscard]] ForEachInput inputs_of(int set, const model::BlockWeights& weights) const {
+    return [this, set, &weights](const std::function<void(const data::Microbatch&, const at::Tensor&)>& visit) {
+      for (const data::Microbatch& microbatch : mine_) visit(microbatch, input_of(set, weights, microbatch.index));
+    };
+  }
+
+  [[nodiscard]] at::Tensor input_of(int set, const model::BlockWeights& weights, int64_t microbatch) const {
+    const double eps = session_.model().rms_eps;
+    if (set == 0) return model::rms_norm(hidden_.at(microbatch), weights.input_norm, eps);
+    if (set == 2) return model::rms_norm(hidden_.at(microbatch), weights.post_attention_norm, eps);
+    return inner_.at(microbatch);
+  }
+
+  // Continues the block's one forward pass through the set that was just quantized; nothing is computed twice but two norms.
+  void advance(int set, const model::BlockWeights& weights) {
+    const auto apply = [&](Projection projection, const at::Tensor& x) { return model::apply_linear(x, weights[projection]); };
+    for (const data::Microbatch& microbatch : mine_) {
+      const at::Tensor x = input_of(set, weights, microbatch.index);
+      at::Tensor& hidden = hidden_.at(microbatch.index);
+      at::Tensor& inner = inner_[microbatch.index];
+      switch (set) {
+        case 0: inner = model::attend(session_.model(), rotary_, apply(Projection::q, x), apply(Projection::k, x), apply(Projection::v, x)); break;
+        case 1: hidden = hidden + apply(Projection::o, x); break;
+        case 2: inner = model::gated(apply(Projection::gate, x), apply(Projection::up, x)); break;
+        default: hidden = hidden + apply(Projection::down, x); break;
+      }
+    }
+    if (set == 3) require_finite();
+  }
+
+  void require_finite() const {
+    for (const data::Microbatch& microbatch : mine_)
+      if (!std::isfinite(hidden_.at(microbatch.index).sum(at::kFloat).item<float>()))
+        fail<NumericError>("non-finite hidden state after quantized block {}, sequences from {}", state_.next_block,
+                           microbatch.sequences.begin);
+  }
+
+  // Silent differences between ranks are the worst failure of a distributed quantizer: every block is compared.
+  void require_same_codes(int64_t block) const {
+    Digest digest;
+    for (const auto& [projection, matrix] : matrices_) digest.update(matrix.codes).update(matrix.scale).update(matrix.zero);
+    const std::vector<std::string> all = session_.world().all_gather(digest.hex());
+    for (size_t rank = 1; rank < all.size(); ++rank)
+      if (all[rank] != all[0])
+        session_.world().agree(fmt::format("block {}: rank {} holds other codes than rank 0 (digests {} and {}); results "
+                                           "of this job cannot be trusted", block, rank, all[rank], all[0]),
+                               ExitCode::internal);
+  }
+
+  void write_block(int64_t block) {
+    session_.world().agree_on([&] {
+      if (session_.world().rank() == owner_of_block(block)) new_outputs_.push_back(output_.write_block(block, matrices_));
+    });
+  }
+
+  void report_block(int64_t block, const std::vector<ModuleRecord>& records, double wall_s, report::Progress& progress) {
+    double before = 0, after = 0;
+    for (const ModuleRecord& record : records) {
+      state_.bits[record.module] = record.bits;
+      state_.module_records.push_back(to_json(record).dump());
+      nlohmann::json event = to_json(record);
+      event["seconds"] = record.wall_s;
+      events_.write("module", event);
+      log::debug("  {}: {} bits, damping {:g}, n_eff/d {:.1f}, objective {:.4g} -> {:.4g}, {:.2f} s", record.module,
+                 record.bits, record.damping, record.effective_samples_per_channel, record.objective_rounded,
+                 record.objective, record.wall_s);
+      before += record.objective_rounded;
+      after += record.objective;
+    }
+    progress.note(fmt::format("block {}/{}: {} linears, objective {:.4g} -> {:.4g}, {:.1f} s", block + 1,
+                              session_.model().n_blocks, records.size(), before, after, wall_s));
+    events_.write("block", {{"block", block}, {"seconds", wall_s}, {"objective_round_to_nearest", before}, {"objective", after}});
+  }
+
+  void save_if_due() {
+    const bool stop = session_.world().any(stop_requested());
+    const int64_t every = session_.config.checkpoint.every_blocks;
+    const bool is_last = state_.next_block == session_.model().n_blocks;
+    if (stop || is_last || state_.next_block % every == 0) {
+      std::vector<std::pair<std::string, at::Tensor>> tensors;
+      if (!is_last && needs_hidden_)
+        for (const data::Microbatch& microbatch : mine_)
+          tensors.emplace_back(hidden_name(microbatch.index), hidden_.at(microbatch.index).cpu());
+      const Timer timer;
+      generations_.commit(state_, tensors, output_.partial_directory(), new_outputs_);
+      new_outputs_.clear();
+      events_.write("checkpoint", {{"next_block", state_.next_block}, {"seconds", timer.seconds()}});
+    }
+    if (stop && !is_last)
+      fail<StopRequested>("stopped on request after block {} of {}; `--resume` continues there", state_.next_block,
+                          session_.model().n_blocks);
+  }
+
+  QuantizeResult finish(const Timer& timer) {
+    std::map<std::string, quant::GridSpec> modules;
+    std::vector<std::string> ignored{"lm_head"};
+    QuantizeResult result;
+    double bits = 0, n_weights = 0;
+    for (int64_t block = 0; block < session_.model().n_blocks; ++block) {
+      for (int p = 0; p < model::kProjections; ++p) {
+        const auto projection = static_cast<Projection>(p);
+        const std::string module = model::module_name(block, projection);
+        const auto choice = config::choice_for(session_.config.quantization, module);
+        if (!choice.quantized) {
+          ignored.push_back(module);
+          continue;
+        }
+        modules[module] = grid_of(choice);
+        const model::ModuleShape shape = model::module_shape(session_.model(), projection);
+        const double n = static_cast<double>(shape.rows) * static_cast<double>(shape.columns);
+        bits += n * quant::bits_per_weight(shape.columns, modules[module]);
+        n_weights += n;
+        ++result.n_modules;
+      }
+    }
+    nlohmann::json records = nlohmann::json::array();
+    for (const std::string& record : state_.module_records) {
+      records.push_back(nlohmann::json::parse(record));
+      result.n_fallbacks += records.back()["fallbacks"].get<int64_t>();
+    }
+    session_.world().agree_on([&] {
+      if (session_.world().rank() == 0) io::write_text_atomically(run_.path() / "modules.json", records.dump(1) + "\n");
+    });
+    output_.finish(modules, ignored);
+    result.bits_per_weight = n_weights > 0 ? bits / n_weights : 0;
+    result.wall_s = timer.seconds();
+    events_.write("quantized", {{"seconds", result.wall_s}, {"bits_per_weight", result.bits_per_weight},
+                                {"modules", result.n_modules}, {"fallbacks", result.n_fallbacks}});
+    return result;
+  }
+
+  const Session& session_;
+  const CalibrationSet& calibration_;
+  const StageWeights& stage_weights_;
+  fs::path statistics_;
+  checkpoint::RunDirectory& run_;
+  report::EventLog& events_;
+  checkpoint::GenerationStore generations_;
+  ModelOutput output_;
+  BlockSolver solver_;
+  comm::DeviceCommunicator device_comm_;
+  model::Rotary rotary_;
+  std::vector<data::Microbatch> mine_;  // this rank's share of the sequences, whatever stage it is
+  bool needs_hidden_;                   // round-to-nearest looks at weights only
+  checkpoint::RunState state_;
+  std::map<int64_t, at::Tensor> hidden_;  // microbatch -> [b, T, d_model]
+  std::map<int64_t, at::Tensor> inner_;   // microbatch -> attention output, or gated activation [b, T, d_ff]
+  std::map<Projection, quant::QuantizedMatrix> matrices_;  // of the block in work
+  std::vector<std::string> new_outputs_;
+};
+
+}  // namespace
+
+QuantizeResult quantize(const Session& session, const CalibrationSet& calibration, const StageWeights& weights,
+                        const fs::path& statistics, checkpoint::RunDirectory& run,
+                        const checkpoint::Fingerprint& fingerprint, bool resume, report::EventLog& events) {
+  return QuantizePass(session, calibration, weights, statistics, run, fingerprint, events).run(resume);
+}
+
+}  // namespace isobath::pipeline

@@ -1,0 +1,168 @@
+#include <isobath/pipeline/session.hpp>
+
+#include <ATen/Parallel.h>
+#include <unistd.h>
+
+#include <isobath/comm/device_communicator.hpp>
+#include <isobath/core/digest.hpp>
+#include <isobath/core/log.hpp>
+#include <isobath/formats/compressed_tensors.hpp>
+#include <isobath/model/balance.hpp>
+#include <isobath/pipeline/schedule.hpp>
+#include <set>
+#include <thread>
+
+namespace isobath::pipeline {
+namespace {
+
+// Share of a host's memory that resident weights may take; the rest is for block inputs, covariances and page cache.
+constexpr double kWeightShareOfMemory = 0.5;
+
+int64_t host_memory_bytes() {
+  const long pages = sysconf(_SC_PHYS_PAGES), page_size = sysconf(_SC_PAGE_SIZE);
+  return pages > 0 && page_size > 0 ? static_cast<int64_t>(pages) * page_size : 0;
+}
+
+// Every x86 CPU with AMX has AVX-512 bf16 too.
+bool has_bfloat16_instructions() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+  return false;
+#endif
+}
+
+at::ScalarType choose_dtype(const std::string& requested, at::ScalarType of_checkpoint, c10::Device device) {
+  if (requested == "bfloat16") return at::ScalarType::BFloat16;
+  if (requested == "float32") return at::ScalarType::Float;
+  // bf16 without hardware support is several times slower than f32 on a CPU.
+  const bool is_fast = device.is_cuda() || has_bfloat16_instructions();
+  return of_checkpoint == at::ScalarType::BFloat16 && is_fast ? at::ScalarType::BFloat16 : at::ScalarType::Float;
+}
+
+std::vector<StageCost> stage_costs(const model::ModelConfig& model, int64_t length, int n_ranks) {
+  int64_t block_parameters = 2 * model.d_model;
+  for (int p = 0; p < model::kProjections; ++p) {
+    const auto shape = model::module_shape(model, static_cast<model::Projection>(p));
+    block_parameters += shape.rows * shape.columns;
+  }
+  const model::CostModel cost = model::cost_of(model, length);
+  std::vector<StageCost> costs;
+  for (int stages = 1; stages <= std::min<int64_t>(n_ranks, model.n_blocks); ++stages) {
+    StageCost worst{0, 0};
+    const std::vector<Range> ranges = model::balance_stages(model, length, stages);
+    for (int s = 0; s < stages; ++s) {
+      const auto n = static_cast<double>(ranges[static_cast<size_t>(s)].size());
+      const int n_ends = (s == 0) + (s + 1 == stages);
+      const double time = n * cost.block + (s == 0 ? cost.embedding : 0) + (s + 1 == stages ? cost.head : 0);
+      const int64_t bytes = 2 * (static_cast<int64_t>(n) * block_parameters + n_ends * model.vocab_size * model.d_model);
+      worst = {std::max(worst.time, time), std::max(worst.weight_bytes, bytes)};
+    }
+    costs.push_back(worst);
+  }
+  return costs;
+}
+
+comm::GridShape choose_shape(const config::Ranks& ranks, const model::ModelConfig& model, int64_t length,
+                             int64_t n_microbatches, int n_ranks, int n_ranks_on_node) {
+  int stages = ranks.stages, replicas = ranks.replicas;
+  if (stages == 0 && replicas == 0) {
+    const auto bytes = static_cast<int64_t>(kWeightShareOfMemory * static_cast<double>(host_memory_bytes()) / n_ranks_on_node);
+    const GridChoice choice = choose_grid(n_ranks, n_microbatches, stage_costs(model, length, n_ranks), bytes);
+    if (choice.stages == 0)
+      fail<ConfigError>("the model's weights do not fit {} ranks with {:.1f} GiB for weights each; use more nodes",
+                        n_ranks, static_cast<double>(bytes) / (1 << 30));
+    stages = choice.stages;
+    replicas = choice.replicas;
+  } else if (stages == 0) {
+    stages = n_ranks / replicas;
+  } else if (replicas == 0) {
+    replicas = n_ranks / stages;
+  }
+  if (stages * replicas != n_ranks)
+    fail<ConfigError>("ranks.stages = {} times ranks.replicas = {} must equal the {} ranks of this job; set one of them "
+                      "to auto or start {} ranks", stages, replicas, n_ranks, std::max(1, stages) * std::max(1, replicas));
+  return {stages, replicas};
+}
+
+}  // namespace
+
+int Session::stage_of(int64_t block) const {
+  for (size_t stage = 0; stage < stage_blocks.size(); ++stage)
+    if (stage_blocks[stage].contains(block)) return static_cast<int>(stage);
+  fail<InternalError>("block {} belongs to no stage", block);
+}
+
+Session open_session(const config::RunConfig& config, int64_t n_microbatches, const comm::Communicator& world) {
+  Session session;
+  session.config = config;
+  const comm::Communicator node = world.node();
+  const int n_ranks_on_node = node.size();
+  comm::GridShape shape;
+  world.agree_on([&] {
+    session.source = std::make_shared<const model::CheckpointReader>(config.model);
+    const model::ModelConfig& model = session.source->config();
+    shape = choose_shape(config.ranks, model, config.calibration.length, n_microbatches, world.size(), n_ranks_on_node);
+    session.stage_blocks = model::balance_stages(model, config.calibration.length, shape.stages);
+    session.device = comm::select_device(config.ranks.device, node);
+    session.dtype = choose_dtype(config.compute_dtype, model.dtype, session.device);
+  });
+  session.grid = std::make_unique<comm::Grid>(world, shape);
+  const int n_cores = static_cast<int>(std::thread::hardware_concurrency());
+  session.threads = config.ranks.threads > 0 ? config.ranks.threads : std::max(1, n_cores / n_ranks_on_node);
+  at::set_num_threads(session.threads);
+  log::info("{} ranks = {} stages x {} replicas, {} threads each, {} on {}", world.size(), shape.stages, shape.replicas,
+            session.threads, c10::toString(session.dtype), session.device.str());
+  return session;
+}
+
+at::Tensor CalibrationSet::mask_of(Range sequences) const {
+  const at::Tensor lengths = lengths_of(sequences);
+  if ((lengths == tokens.length()).all().item<bool>()) return {};
+  return at::arange(tokens.length(), lengths.options()).unsqueeze(0) < lengths.unsqueeze(1);
+}
+
+std::string tokenizer_digest(const std::filesystem::path& model_directory) {
+  const auto path = model_directory / "tokenizer.json";
+  return std::filesystem::exists(path) ? file_sha256(path) : std::string();
+}
+
+CalibrationSet open_calibration(const Session& session) {
+  const config::Calibration& calibration = session.config.calibration;
+  data::TokenSet tokens = data::open_tokens(
+      calibration.tokens,
+      {.vocab_size = session.model().vocab_size, .tokenizer_sha256 = tokenizer_digest(session.config.model),
+       .n_sequences = calibration.sequences, .length = calibration.length},
+      session.world());
+  data::ShardPlan shards(tokens.n_sequences(), calibration.logical_shards, calibration.microbatch);
+  return {std::move(tokens), std::move(shards)};
+}
+
+StageWeights load_stage(const Session& session, const model::CheckpointReader& checkpoint) {
+  StageWeights weights;
+  session.world().agree_on([&] {
+    const Range blocks = session.my_blocks();
+    for (int64_t block = blocks.begin; block < blocks.end; ++block)
+      weights.blocks.emplace(block, checkpoint.read_block(block, session.dtype, session.device));
+    if (session.grid->stage() == 0) weights.embedding = checkpoint.read_embedding(session.dtype, session.device);
+    if (session.is_last_stage()) weights.head = checkpoint.read_head(session.dtype, session.device);
+  });
+  return weights;
+}
+
+checkpoint::Fingerprint fingerprint_of(const Session& session, const CalibrationSet& calibration) {
+  // Where a result is put, on how many ranks and how often it is saved does not change it.
+  static const std::set<std::string> kIrrelevant{"output", "ranks.stages", "ranks.replicas", "ranks.threads",
+                                                 "ranks.watchdog_s", "checkpoint.every_blocks", "checkpoint.keep",
+                                                 "compute_dtype"};
+  checkpoint::Fingerprint fingerprint;
+  for (const auto& [key, value] : session.config.flatten())
+    if (!kIrrelevant.contains(key)) fingerprint[key] = value;
+  fingerprint["ranks.threads (resolved)"] = std::to_string(session.threads);
+  fingerprint["compute_dtype (resolved)"] = c10::toString(session.dtype);
+  fingerprint["model files"] = session.source->tensors().fingerprint();
+  fingerprint["calibration tokens"] = calibration.tokens.digest;
+  return fingerprint;
+}
+
+}  // namespace isobath::pipeline

@@ -1,0 +1,65 @@
+#include <ATen/ATen.h>
+
+#include <isobath/core/error.hpp>
+#include <isobath/quant/grid.hpp>
+
+#include "group_fit.hpp"
+
+namespace isobath::quant {
+
+int64_t n_groups(int64_t columns, const GridSpec& spec) {
+  check_spec(spec);
+  if (spec.group == 0) return 1;
+  if (columns % spec.group != 0) {
+    fail<ConfigError>(
+        "a group of {} does not divide the {} columns of the weight; choose a divisor of {}, or 0 for one "
+        "group per row",
+        spec.group, columns, columns);
+  }
+  return columns / spec.group;
+}
+
+GroupGrid fit_grid(const at::Tensor& w, const at::Tensor& importance, const GridSpec& spec) {
+  check_spec(spec);
+  ISOBATH_CHECK(w.dim() == 2 && w.scalar_type() == at::kFloat && w.is_cpu(),
+                "w must be [R, g] f32 on the CPU");
+  const int64_t n_rows = w.size(0), n_columns = w.size(1);
+  const at::Tensor weights = w.contiguous();
+  std::span<const float> columns;
+  at::Tensor importance_f32;
+  if (importance.defined()) {
+    ISOBATH_CHECK(importance.numel() == n_columns, "{} importances for {} columns", importance.numel(),
+                  n_columns);
+    importance_f32 = importance.to(at::kFloat).contiguous();
+    columns = {importance_f32.const_data_ptr<float>(), static_cast<size_t>(n_columns)};
+  }
+  at::Tensor scale = at::empty({n_rows}, at::kFloat), zero = at::empty({n_rows}, at::kChar);
+  GroupFitter fitter(spec, n_columns, columns);
+  for (int64_t row = 0; row < n_rows; ++row) {
+    const RowGrid grid = fitter.fit(weights.const_data_ptr<float>() + row * n_columns);
+    scale.mutable_data_ptr<float>()[row] = grid.scale;
+    zero.mutable_data_ptr<int8_t>()[row] = static_cast<int8_t>(grid.zero);
+  }
+  return {scale.to(spec.storage), zero};
+}
+
+at::Tensor dequantize(const QuantizedMatrix& matrix) {
+  const int64_t n_rows = matrix.codes.size(0), n_columns = matrix.codes.size(1);
+  const int64_t groups = n_groups(n_columns, matrix.spec);
+  ISOBATH_CHECK(matrix.scale.size(0) == n_rows && matrix.scale.size(1) == groups &&
+                    matrix.zero.sizes() == matrix.scale.sizes(),
+                "codes [{}, {}] with group {} need scales and zeros [{}, {}]", n_rows, n_columns,
+                matrix.spec.group, n_rows, groups);
+  const at::Tensor steps = matrix.codes.view({n_rows, groups, -1}).to(at::kFloat) - matrix.zero.unsqueeze(-1);
+  return (steps * matrix.scale.to(at::kFloat).unsqueeze(-1))
+      .to(matrix.spec.storage)
+      .view({n_rows, n_columns});
+}
+
+double bits_per_weight(int64_t columns, const GridSpec& spec) {
+  const double per_group =
+      8.0 * static_cast<double>(c10::elementSize(spec.storage)) + (spec.symmetric ? 0 : spec.bits);
+  return spec.bits + per_group * static_cast<double>(n_groups(columns, spec)) / static_cast<double>(columns);
+}
+
+}  // namespace isobath::quant

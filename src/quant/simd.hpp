@@ -1,0 +1,57 @@
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "storage.hpp"
+
+/// Sixteen lanes as one value: portable through the compiler's vector extension, which splits it to what the
+/// machine has.
+namespace isobath::quant::simd {
+
+// One binary serves machines with and without AVX-512; sanitizers cannot instrument the resolver of the
+// clones.
+#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define ISOBATH_SIMD_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define ISOBATH_SIMD_CLONES
+#endif
+#define ISOBATH_SIMD_INLINE inline __attribute__((always_inline))
+
+inline constexpr int64_t kLanes = 16;
+using Floats = float __attribute__((vector_size(64)));
+using Words = uint32_t __attribute__((vector_size(64)));
+using Integers = int32_t __attribute__((vector_size(64)));
+
+/// 1.5·2²³: adding and subtracting it rounds |x| < 2²² to the nearest integer, ties to even.
+inline constexpr float kRoundShift = 12582912.0F;
+
+ISOBATH_SIMD_INLINE void load(Floats& value, const float* from) {
+  std::memcpy(&value, from, sizeof(value));
+}
+ISOBATH_SIMD_INLINE void store(float* to, const Floats& value) {
+  std::memcpy(to, &value, sizeof(value));
+}
+
+/// value := nearest integer of value clamped to [low, high].
+ISOBATH_SIMD_INLINE void round_clamped(Floats& value, const Floats& low, const Floats& high) {
+  value = value > low ? value : low;
+  value = value < high ? value : high;
+  value = (value + kRoundShift) - kRoundShift;
+}
+
+/// Lane by lane the same bits as round_to_storage.
+ISOBATH_SIMD_INLINE void round_stored(Floats& value, const StorageFormat& format) {
+  Words bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  bits = (bits + format.bias + ((bits >> format.dropped_bits) & format.odd)) & format.mask;
+  Floats rounded;
+  std::memcpy(&rounded, &bits, sizeof(rounded));
+  if (format.subnormal_below > 0) {
+    const Floats fixed_step = (value + kHalfSubnormalShift) - kHalfSubnormalShift;
+    const Integers is_subnormal = (value < format.subnormal_below) & (value > -format.subnormal_below);
+    rounded = is_subnormal ? fixed_step : rounded;
+  }
+  value = rounded;
+}
+
+}  // namespace isobath::quant::simd

@@ -1,0 +1,54 @@
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+#include <isobath/core/error.hpp>
+#include <isobath/core/partition.hpp>
+#include <isobath/sensitivity/token_weights.hpp>
+
+namespace isobath::sensitivity {
+
+at::Tensor token_weights(const at::Tensor& gradient, int64_t row_groups) {
+  ISOBATH_CHECK(gradient.dim() == 3, "token_weights expects a gradient [b, T, d_out], found {} dimensions",
+                gradient.dim());
+  const int64_t n_rows = gradient.size(2);
+  ISOBATH_CHECK(1 <= row_groups && row_groups <= n_rows, "{} row groups of {} rows", row_groups, n_rows);
+  const c10::NoGradGuard no_grad;
+  at::Tensor weights =
+      at::empty({gradient.size(0), gradient.size(1), row_groups}, gradient.options().dtype(at::kFloat));
+  for (int64_t group = 0; group < row_groups; ++group) {
+    const Range rows = partition(n_rows, row_groups, group);
+    // The norm reads bf16 and accumulates f32 in one pass; squaring an f32 copy of G costs three times as
+    // much.
+    const at::Tensor norm =
+        at::linalg_vector_norm(gradient.slice(2, rows.begin, rows.end), 2, {2}, false, at::kFloat);
+    weights.select(2, group).copy_(norm.square().div_(static_cast<double>(rows.size())));
+  }
+  return weights;
+}
+
+double clip_threshold(const at::Tensor& d, double quantile) {
+  ISOBATH_CHECK(0.0 <= quantile && quantile <= 1.0, "quantile {} outside [0, 1]", quantile);
+  const at::Tensor values = d.to(at::kCPU, at::kDouble).reshape({-1});
+  at::Tensor positive = values.masked_select(values > 0.0);
+  const int64_t n = positive.numel();
+  if (n == 0) return 0.0;
+  double* const first = positive.data_ptr<double>();
+  const double position = quantile * static_cast<double>(n - 1);
+  const auto below = static_cast<int64_t>(position);
+  std::nth_element(first, first + below, first + n);
+  if (below + 1 == n) return first[below];
+  const double upper = *std::min_element(first + below + 1, first + n);
+  return first[below] + (position - static_cast<double>(below)) * (upper - first[below]);
+}
+
+at::Tensor robust(const at::Tensor& d, double threshold, double exponent) {
+  ISOBATH_CHECK(threshold >= 0.0, "clip threshold {} is negative", threshold);
+  const at::Tensor weights = d.to(at::kDouble).clamp_max(threshold).pow(exponent);
+  // D⁰ = 1 must not revive padding, whose weight is zero.
+  return weights.masked_fill(d <= 0, 0.0).to(at::kFloat);
+}
+
+double effective_samples(double sum, double sum_of_squares) {
+  return sum_of_squares > 0.0 ? sum * sum / sum_of_squares : 0.0;
+}
+
+}  // namespace isobath::sensitivity

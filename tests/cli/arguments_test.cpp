@@ -1,0 +1,79 @@
+#include <gtest/gtest.h>
+
+#include <isobath/cli/arguments.hpp>
+
+namespace isobath::cli {
+namespace {
+
+std::variant<Arguments, Usage> parsed(std::vector<const char*> words) {
+  words.insert(words.begin(), "isobath");
+  return parse_arguments(static_cast<int>(words.size()), words.data());
+}
+
+/// The usage text with its code in front; "accepted" when the words are a command.
+std::string usage_of(const std::vector<const char*>& words) {
+  const auto result = parsed(words);
+  const auto* usage = std::get_if<Usage>(&result);
+  return usage == nullptr ? "accepted" : fmt::format("{} {}", static_cast<int>(usage->code), usage->text);
+}
+
+TEST(Arguments, StagesTakeAConfigurationSettingsAndResume) {
+  const auto a = std::get<Arguments>(
+      parsed({"quantize", "--set", "a.b=1", "run.yaml", "--set", "c=[x, y]", "--resume", "--verbose"}));
+
+  EXPECT_EQ(a.command, Command::quantize);
+  EXPECT_EQ(a.config_path, "run.yaml");
+  EXPECT_EQ(a.settings, (std::vector<std::string>{"a.b=1", "c=[x, y]"}));
+  EXPECT_TRUE(a.resume);
+  EXPECT_EQ(a.level, log::Level::debug);
+}
+
+TEST(Arguments, EveryCommandIsKnown) {
+  EXPECT_EQ(std::get<Arguments>(parsed({"run", "c"})).command, Command::run);
+  EXPECT_EQ(std::get<Arguments>(parsed({"measure", "c"})).command, Command::measure);
+  EXPECT_EQ(std::get<Arguments>(parsed({"-q", "evaluate", "c"})).level, log::Level::warning);
+  EXPECT_EQ(std::get<Arguments>(parsed({"check", "c", "--ranks", "64"})).n_ranks, 64);
+  EXPECT_TRUE(std::get<Arguments>(parsed({"check", "--keys"})).shows_keys);
+  EXPECT_TRUE(std::get<Arguments>(parsed({"check", "--schema"})).shows_schema);
+  EXPECT_EQ(std::get<Arguments>(parsed({"inspect", "p", "--top", "3", "--json"})).top, 3);
+  EXPECT_EQ(std::get<Arguments>(parsed({"inspect", "p"})).top, 20);
+  EXPECT_EQ(std::get<Arguments>(parsed({"version"})).command, Command::version);
+}
+
+TEST(Arguments, EvaluateTakesACheckpointOrTheOriginal) {
+  const auto a = std::get<Arguments>(parsed({"evaluate", "c", "--checkpoint", "d", "--json", "f"}));
+  EXPECT_EQ(a.checkpoint, "d");
+  EXPECT_EQ(a.json_output, "f");
+  EXPECT_TRUE(std::get<Arguments>(parsed({"evaluate", "c", "--original-only"})).original_only);
+
+  EXPECT_EQ(usage_of({"evaluate", "c", "--checkpoint", "d", "--original-only"}).substr(0, 2), "2 ");
+  EXPECT_EQ(usage_of({"evaluate", "c", "--json", "f"}).substr(0, 50),
+            "2 evaluate: --json needs --checkpoint or --origina");
+}
+
+TEST(Arguments, HelpIsNoError) {
+  for (const char* command : {"run", "measure", "quantize", "evaluate", "inspect", "check", "version"}) {
+    const std::string help = usage_of({command, "--help"});
+    EXPECT_EQ(help.substr(0, 2), "0 ") << command;
+    EXPECT_NE(help.find("Example: "), std::string::npos) << help;
+    EXPECT_NE(help.find("Exit codes: "), std::string::npos) << help;
+  }
+  const std::string help = usage_of({"--help"});
+  EXPECT_EQ(help.substr(0, 2), "0 ");
+  EXPECT_NE(help.find("inspect"), std::string::npos);
+}
+
+TEST(Arguments, MistakesAreUsageErrors) {
+  EXPECT_EQ(usage_of({}).substr(0, 2), "2 ");
+  EXPECT_EQ(usage_of({"runs", "c"}).substr(0, 2), "2 ");
+  EXPECT_EQ(usage_of({"run"}).substr(0, 2), "2 ");
+  EXPECT_EQ(usage_of({"run", "c", "--sett", "a=1"}).substr(0, 2), "2 ");
+  EXPECT_EQ(usage_of({"run", "c", "--set"}).substr(0, 2), "2 ");
+  EXPECT_EQ(usage_of({"check"}).substr(0, 2), "2 ");
+  EXPECT_EQ(usage_of({"check", "c", "--ranks", "0"}).substr(0, 2), "2 ");
+  EXPECT_EQ(usage_of({"inspect", "p", "--top", "x"}).substr(0, 2), "2 ");
+  EXPECT_EQ(usage_of({"run", "c", "-v", "-q"}).substr(0, 2), "2 ");
+}
+
+}  // namespace
+}  // namespace isobath::cli

@@ -1,0 +1,16 @@
+# Runs PROGRAM under mpirun and expects EXIT_CODE within LIMIT_S seconds and PATTERN in its output.
+string(TIMESTAMP start_s "%s")
+execute_process(COMMAND ${MPIEXEC} --quiet -n ${N_RANKS} ${PROGRAM} ${ARGUMENT} TIMEOUT 45
+                RESULT_VARIABLE result OUTPUT_VARIABLE output ERROR_VARIABLE output)
+string(TIMESTAMP end_s "%s")
+math(EXPR duration_s "${end_s} - ${start_s}")
+message("exit code ${result} after ${duration_s} s\n${output}")
+if(NOT result STREQUAL EXIT_CODE)
+  message(FATAL_ERROR "expected exit code ${EXIT_CODE}, found ${result}")
+endif()
+if(duration_s GREATER LIMIT_S)
+  message(FATAL_ERROR "expected an end within ${LIMIT_S} s, took ${duration_s} s")
+endif()
+if(NOT output MATCHES "${PATTERN}")
+  message(FATAL_ERROR "expected output matching: ${PATTERN}")
+endif()

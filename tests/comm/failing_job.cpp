@@ -1,0 +1,74 @@
+// Jobs that end badly on purpose, checked from outside by expect_failing_job.cmake.
+#include <chrono>
+#include <cstring>
+#include <isobath/comm/runtime.hpp>
+#include <isobath/comm/watchdog.hpp>
+#include <isobath/core/log.hpp>
+#include <thread>
+
+namespace {
+
+using isobath::comm::Communicator;
+using isobath::comm::Watchdog;
+
+constexpr std::chrono::seconds kWaitLimit{2};
+constexpr std::chrono::seconds kForever{40};
+
+/// Rank 1 never arrives; the watchdog of the others has to end the job.
+void sleep_on_rank_1(const Communicator& world) {
+  Watchdog::configure(kWaitLimit);
+  Watchdog::set_activity("quantize, block 12");
+  if (world.rank() == 1) std::this_thread::sleep_for(kForever);
+  world.barrier();
+}
+
+/// Rank 2 fails alone; the others wait for it.
+void abort_on_rank_2(const isobath::comm::Runtime& runtime) {
+  if (runtime.world().rank() == 2) {
+    isobath::log::error("rank 2 reports a numeric failure");
+    runtime.abort(isobath::ExitCode::numeric);
+  }
+  runtime.world().barrier();
+}
+
+void throw_on_rank_1(const Communicator& world) {
+  if (world.rank() == 1) throw isobath::IoError("thrown on rank 1");
+  world.barrier();
+}
+
+int end_by_agreement(const Communicator& world) {
+  try {
+    world.agree_on([&] {
+      if (world.rank() == 1) throw isobath::ConfigError("no file");
+      if (world.rank() == 3) throw isobath::DataError("no space");
+    });
+  } catch (const isobath::AgreedFailure& failure) {
+    if (world.rank() == 0) isobath::log::error("{}", failure.what());
+    return static_cast<int>(failure.code());
+  }
+  return 0;
+}
+
+int run(int argc, char** argv) {
+  const isobath::comm::Runtime runtime(argc, argv);
+  const Communicator& world = runtime.world();
+  isobath::log::configure(world.rank(), world.size(), isobath::log::Level::info);
+  const char* job = argc > 1 ? argv[1] : "";
+  if (std::strcmp(job, "sleeping_rank") == 0) sleep_on_rank_1(world);
+  if (std::strcmp(job, "abort") == 0) abort_on_rank_2(runtime);
+  if (std::strcmp(job, "unwinding") == 0) throw_on_rank_1(world);
+  if (std::strcmp(job, "agreed") == 0) return end_by_agreement(world);
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    return run(argc, argv);
+  } catch (const isobath::Error& error) {
+    // Runtime has unwound without finalizing: the launcher must end the ranks that still wait.
+    isobath::log::error("{}", error.what());
+    return static_cast<int>(error.code());
+  }
+}

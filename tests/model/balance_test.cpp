@@ -1,0 +1,112 @@
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <isobath/core/error.hpp>
+#include <isobath/model/balance.hpp>
+
+namespace isobath::model {
+namespace {
+
+/// d_model 2, one head of 2 and d_ff 2: per block q, k, v, o 4 weights each and gate, up, down 4 each, 28 in
+/// all.
+ModelConfig small_config(int64_t n_blocks, int64_t vocab_size) {
+  ModelConfig config;
+  config.n_blocks = n_blocks;
+  config.vocab_size = vocab_size;
+  config.d_model = config.d_ff = config.head_dim = 2;
+  config.n_heads = config.n_kv_heads = 1;
+  return config;
+}
+
+double largest_cost(const ModelConfig& config, int64_t length, const std::vector<Range>& stages) {
+  const CostModel cost = cost_of(config, length);
+  double largest = 0;
+  for (size_t stage = 0; stage < stages.size(); ++stage) {
+    largest = std::max(largest, static_cast<double>(stages[stage].size()) * cost.block +
+                                    (stage == 0 ? cost.embedding : 0) +
+                                    (stage + 1 == stages.size() ? cost.head : 0));
+  }
+  return largest;
+}
+
+/// The smallest possible maximum, by trying every way to cut.
+double best_by_force(const ModelConfig& config, int64_t length, std::vector<Range> done, int n_left) {
+  const int64_t begin = done.empty() ? 0 : done.back().end;
+  if (n_left == 1) {
+    done.push_back({begin, config.n_blocks});
+    return largest_cost(config, length, done);
+  }
+  double best = -1;
+  for (int64_t end = begin + 1; end <= config.n_blocks - (n_left - 1); ++end) {
+    done.push_back({begin, end});
+    const double cost = best_by_force(config, length, done, n_left - 1);
+    done.pop_back();
+    if (best < 0 || cost < best) best = cost;
+  }
+  return best;
+}
+
+TEST(CostModel, CountsByHand) {
+  // 3 products of 28 weights; attention 2 channels x 5 positions, four times; head 2 products of 10 x 2.
+  const CostModel cost = cost_of(small_config(4, 10), 5);
+
+  EXPECT_EQ(cost.block, 3 * 28 + 4 * 10);
+  EXPECT_EQ(cost.embedding, 2);
+  EXPECT_EQ(cost.head, 40);
+}
+
+TEST(BalanceStages, GivesAHeavyHeadFewerBlocks) {
+  // A block costs 88 at length 1, the head 4·44 = 176 = two blocks: 6 blocks + 2 over two stages is 4 and 2 +
+  // head.
+  const std::vector<Range> expected = {{0, 4}, {4, 6}};
+
+  EXPECT_EQ(balance_stages(small_config(6, 44), 1, 2), expected);
+}
+
+TEST(BalanceStages, SplitsEvenlyWhenBlocksDominate) {
+  const std::vector<Range> expected = {{0, 2}, {2, 4}, {4, 6}};
+
+  EXPECT_EQ(balance_stages(small_config(6, 1), 1, 3), expected);
+}
+
+TEST(BalanceStages, OneStageTakesAll) {
+  EXPECT_EQ(balance_stages(small_config(6, 44), 1, 1), (std::vector<Range>{{0, 6}}));
+}
+
+TEST(BalanceStages, EveryStageKeepsABlockUnderAHugeHead) {
+  const std::vector<Range> expected = {{0, 1}, {1, 2}, {2, 3}};
+
+  EXPECT_EQ(balance_stages(small_config(3, 100000), 1, 3), expected);
+}
+
+TEST(BalanceStages, ReachesTheMinimumFoundByForce) {
+  for (const int64_t vocab_size : {1, 30, 60, 150, 400}) {
+    for (int64_t n_blocks = 1; n_blocks <= 8; ++n_blocks) {
+      for (int n_stages = 1; n_stages <= n_blocks; ++n_stages) {
+        const ModelConfig config = small_config(n_blocks, vocab_size);
+        const std::vector<Range> stages = balance_stages(config, 3, n_stages);
+        EXPECT_EQ(static_cast<int>(stages.size()), n_stages);
+        EXPECT_EQ(stages.front().begin, 0);
+        EXPECT_EQ(stages.back().end, n_blocks);
+        for (size_t s = 1; s < stages.size(); ++s) EXPECT_EQ(stages[s].begin, stages[s - 1].end);
+        for (const Range& stage : stages) EXPECT_GE(stage.size(), 1);
+        EXPECT_EQ(largest_cost(config, 3, stages), best_by_force(config, 3, {}, n_stages))
+            << n_blocks << " blocks, " << n_stages << " stages, vocabulary " << vocab_size;
+      }
+    }
+  }
+}
+
+TEST(BalanceStages, SaysBothNumbersWhenThereAreTooManyStages) {
+  try {
+    (void)balance_stages(small_config(3, 10), 1, 5);
+    FAIL() << "five stages of three blocks were accepted";
+  } catch (const ConfigError& error) {
+    const std::string message = error.what();
+    EXPECT_NE(message.find('5'), std::string::npos) << message;
+    EXPECT_NE(message.find('3'), std::string::npos) << message;
+  }
+}
+
+}  // namespace
+}  // namespace isobath::model

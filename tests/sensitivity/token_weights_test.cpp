@@ -1,0 +1,84 @@
+#include <gtest/gtest.h>
+#include <isobath/core/error.hpp>
+#include <isobath/core/partition.hpp>
+#include <isobath/sensitivity/token_weights.hpp>
+#include <sensitivity/golden.hpp>
+#include <sensitivity/near.hpp>
+
+namespace isobath::sensitivity {
+namespace {
+
+using testing::relative_error;
+
+// f32 sums of a few hundred positive terms.
+constexpr double kSingleTolerance = 1e-5;
+
+TEST(TokenWeights, AreTheMeanSquareOfEachRowGroup) {
+  at::manual_seed(1);
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    const at::Tensor gradient = at::randn({2, 7, 301}).to(dtype);
+    for (const int64_t row_groups : {1, 2, 4}) {
+      const at::Tensor weights = token_weights(gradient, row_groups);
+      ASSERT_EQ(weights.sizes(), (at::IntArrayRef{2, 7, row_groups}));
+      EXPECT_EQ(weights.scalar_type(), at::kFloat);
+      for (int64_t k = 0; k < row_groups; ++k) {
+        const Range rows = partition(301, row_groups, k);
+        const at::Tensor expected = gradient.to(at::kDouble).slice(2, rows.begin, rows.end).square().mean(2);
+        EXPECT_LT(relative_error(weights.select(2, k), expected), kSingleTolerance);
+      }
+    }
+  }
+}
+
+TEST(TokenWeights, AgreeWithTheOracle) {
+  for (const char* name : testing::kGoldenModules) {
+    const testing::GoldenModule golden(name);
+    for (const int64_t row_groups : {1, 2, 3})
+      EXPECT_LT(relative_error(token_weights(golden["gradient"], row_groups),
+                               golden[fmt::format("token_weights_{}", row_groups)]),
+                testing::kGoldenTolerance)
+          << name << ", " << row_groups << " row groups";
+  }
+}
+
+TEST(TokenWeights, OfAZeroGradientAreZero) {
+  EXPECT_EQ(token_weights(at::zeros({1, 3, 8}, at::kBFloat16), 2).abs().max().item<float>(), 0.0F);
+}
+
+TEST(ClipThreshold, IsTheInterpolatedQuantileOfThePositiveWeights) {
+  // numpy.quantile([1, 2, 3, 4, 10], [0, 0.25, 0.6, 0.9, 1]) = [1, 2, 3.4, 7.6, 10]; zeros are padding.
+  const at::Tensor d = at::tensor({10.0F, 0.0F, 2.0F, 4.0F, 0.0F, 1.0F, 3.0F, 0.0F}).view({2, 4});
+  EXPECT_DOUBLE_EQ(clip_threshold(d, 0.0), 1.0);
+  EXPECT_DOUBLE_EQ(clip_threshold(d, 0.25), 2.0);
+  EXPECT_DOUBLE_EQ(clip_threshold(d, 0.6), 3.4);
+  EXPECT_DOUBLE_EQ(clip_threshold(d, 0.9), 7.6);
+  EXPECT_DOUBLE_EQ(clip_threshold(d, 1.0), 10.0);
+}
+
+TEST(ClipThreshold, LeavesItsInputAloneAndAcceptsOneOrNoPositiveWeight) {
+  const at::Tensor d = at::tensor({3.0F, 1.0F, 2.0F});
+  const at::Tensor before = d.clone();
+  (void)clip_threshold(d, 0.5);
+  EXPECT_TRUE(at::equal(d, before));
+  EXPECT_DOUBLE_EQ(clip_threshold(at::tensor({0.0F, 5.0F}), 0.3), 5.0);
+  EXPECT_DOUBLE_EQ(clip_threshold(at::zeros({4}), 0.999), 0.0);
+  EXPECT_THROW((void)clip_threshold(d, 1.5), InternalError);
+}
+
+TEST(Robust, ClipsThenRaisesToTheExponentAndKeepsZeros) {
+  const at::Tensor d = at::tensor({0.0F, 1.0F, 4.0F, 100.0F});
+  EXPECT_TRUE(at::equal(robust(d, 9.0, 1.0), at::tensor({0.0F, 1.0F, 4.0F, 9.0F})));
+  EXPECT_TRUE(at::allclose(robust(d, 9.0, 0.5), at::tensor({0.0F, 1.0F, 2.0F, 3.0F})));
+  EXPECT_TRUE(at::equal(robust(d, 9.0, 0.0), at::tensor({0.0F, 1.0F, 1.0F, 1.0F})))
+      << "padding stays without weight";
+  EXPECT_EQ(robust(d, 9.0, 0.5).scalar_type(), at::kFloat);
+}
+
+TEST(EffectiveSamples, CountEqualWeightsFullyAndASpikeOnce) {
+  EXPECT_DOUBLE_EQ(effective_samples(5 * 2.0, 5 * 4.0), 5.0);
+  EXPECT_DOUBLE_EQ(effective_samples(7.0, 49.0), 1.0);
+  EXPECT_DOUBLE_EQ(effective_samples(0.0, 0.0), 0.0);
+}
+
+}  // namespace
+}  // namespace isobath::sensitivity

@@ -1,0 +1,137 @@
+"""Every kind of bad input, configuration or disk ends with its exit code, one message that names the culprit, and no result."""
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import numpy
+
+from isobath_system import (BLOCKS, HIDDEN, LENGTH, SEQUENCES, VOCAB, Job, Workspace, model_weights, run, run_well, write_model,
+                            write_tokens)
+
+RANKS = 2
+failures = []
+
+
+def expect(space, name, code, mentions, config=None, **arguments):
+    """Runs and expects the exit code and one message with all of `mentions` (regular expressions)."""
+    config = config or space.config(name)
+    arguments.setdefault("stages", RANKS)
+    output = space.path / name
+    job = run(config, **arguments)
+    problems = []
+    if job.code != code:
+        problems.append(f"exit code {job.code}, not {code}")
+    if len(job.errors()) != 1:
+        problems.append(f"{len(job.errors())} error messages, not one")
+    for mention in mentions:
+        if not re.search(mention, job.stderr, re.IGNORECASE):
+            problems.append(f"no mention of {mention}")
+    if (output / "model").exists() or (output / "evaluation.json").exists():
+        problems.append("something that looks finished was left")
+    print(f"{name}: code {job.code}, {job.seconds:.1f} s: {' '.join(job.errors())[:300]}", flush=True)
+    if problems:
+        failures.append(f"{name}: {'; '.join(problems)}\n{job.stderr}")
+
+
+def model_with(space, name, changes=None, edit=None):
+    """A copy of the model: other keys in config.json, or weights after edit(weights)."""
+    weights = model_weights(1)
+    if edit:
+        edit(weights)
+    return str(write_model(space.path / f"model-{name}", weights=weights, changes=changes))
+
+
+def configurations(space):
+    expect(space, "unknown-key", 2, ["quantization.bitz", "quantization.bits"], settings=("quantization.bitz=3",))
+    expect(space, "group-does-not-divide", 2, ["48", "group"], settings=("quantization.group=48",))
+    expect(space, "more-stages-than-blocks", 2, [str(BLOCKS + 1), str(BLOCKS)], stages=BLOCKS + 1)
+    expect(space, "ranks-do-not-fit", 2, ["ranks?"], stages=2, replicas=2, ranks=3)
+
+
+def models(space):
+    def broken(name, change):
+        directory = model_with(space, name)
+        change(space.path / f"model-{name}")
+        return space.config(name, model=directory)
+
+    second = "model-00002-of-00002.safetensors"
+    expect(space, "missing-shard", 3, [second], broken("missing-shard", lambda path: (path / second).unlink()))
+    expect(space, "truncated-shard", 3, [second],
+           broken("truncated-shard", lambda path: os.truncate(path / second, (path / second).stat().st_size - 7)))
+
+    def point_to_nothing(path):
+        index = path / "model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        content["weight_map"]["model.layers.9.nowhere.weight"] = second
+        index.write_text(json.dumps(content))
+
+    expect(space, "absent-tensor", 3, ["model.layers.9.nowhere.weight"], broken("absent-tensor", point_to_nothing))
+
+    def misshape(weights):
+        weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"][:, : HIDDEN // 2]
+
+    expect(space, "other-shape", 3, ["model.layers.1.mlp.up_proj", str(HIDDEN // 2)],
+           space.config("other-shape", model=model_with(space, "other-shape", edit=misshape)))
+    expect(space, "architecture", 3, ["GPTNeoXForCausalLM", "LlamaForCausalLM"],
+           space.config("architecture", model=model_with(space, "architecture", {"architectures": ["GPTNeoXForCausalLM"]})))
+
+    def spoil(weights):
+        weights["model.layers.2.self_attn.o_proj.weight"][1, 2] = numpy.nan
+
+    expect(space, "nan", 5, [r"layers\.2|block 2"], space.config("nan", model=model_with(space, "nan", edit=spoil)))
+
+
+def token_files(space):
+    tokens = numpy.random.default_rng(5).integers(0, VOCAB, (SEQUENCES, LENGTH))
+    tokens[3, 7] = VOCAB
+    for name, content, mentions in (("token-too-large", tokens, [str(VOCAB), "3", "7"]),
+                                    ("no-tokens", numpy.zeros((0, LENGTH)), ["token"])):
+        path = write_tokens(space.path / f"{name}.safetensors", tokens=content)
+        expect(space, name, 3, mentions, space.config(name, calibration={"tokens": str(path)}))
+    expect(space, "absent-tokens", 3, ["absent.safetensors"],
+           space.config("absent-tokens", calibration={"tokens": str(space.path / "absent.safetensors")}))
+
+
+def directories(space):
+    config, output = space.config("taken"), space.path / "taken"
+    first = Job(config, stages=2)
+    assert first.wait_for(lambda: (output / "run.json").exists()), first.wait().stderr
+    second = run(config, stages=1)
+    assert first.running(), "the first run ended before the second was refused: no test of a directory in use"
+    assert second.code == 2 and len(second.errors()) == 1 and "in use" in second.stderr, second.stderr
+    print(f"in use: {second.errors()[0]}", flush=True)
+    assert first.wait().code == 0, first.stderr
+    third = run(config, stages=1)
+    assert third.code == 2 and len(third.errors()) == 1 and "finished" in third.stderr, third.stderr
+    print(f"finished: {third.errors()[0]}", flush=True)
+    other = run(config, stages=1, settings=("quantization.bits=4",), resume=True)
+    assert other.code == 6 and "quantization.bits: 3 in the run, 4 now" in other.stderr, other.stderr
+    expect(space, "nothing-to-resume", 2, ["resume"], resume=True)
+    (space.path / "a-file").write_text("not a directory")
+    expect(space, "a-file", 4, ["a-file"])
+
+
+def full_disk(space):
+    if os.geteuid() != 0:
+        print("SKIPPED: a full disk needs a small mount, and that needs root; one_rank_fails.py has a limit on file sizes")
+        return
+    output = space.path / "full"
+    output.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(output)], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        print(f"SKIPPED: a full disk needs a small mount: {mounted.stderr.strip()}")
+        return
+    try:
+        expect(space, "full", 4, ["space"])
+    finally:
+        subprocess.run(["umount", "-l", str(output)], check=True)
+
+
+with Workspace() as workspace:
+    run_well(workspace.config("good"), stages=RANKS)
+    shutil.rmtree(workspace.path / "good")
+    for group in (configurations, models, token_files, directories, full_disk):
+        group(workspace)
+assert not failures, "\n".join(failures)

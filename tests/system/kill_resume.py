@@ -1,0 +1,65 @@
+"""A run whose rank is killed with signal 9 at a random moment, and then resumed, ends with the bytes of an undisturbed one."""
+import os
+import signal
+import time
+
+from isobath_system import (END_AFTER_DEATH_S, Job, Workspace, assert_same_bytes, result_digests, run_well, seeded_random)
+
+KILLS = 3
+# Of the duration of the undisturbed run, counted from the moment at which run.json exists.
+EARLIEST, LATEST = 0.02, 0.95
+VARIANTS = {"plain": (), "re-estimated": ("quantization.reestimate={policy: every, blocks: 2}",)}
+
+chance = seeded_random()
+
+
+def kill_once(config, output, duration, settings, resume):
+    """Starts the run and kills a rank; whether it was killed before it was done."""
+    job = Job(config, stages=2, replicas=1, settings=settings, resume=resume)
+    job.wait_for(lambda: (output / "run.json").exists())
+    moment = chance.uniform(EARLIEST, LATEST) * duration
+    time.sleep(moment)
+    ranks = job.ranks()
+    if not job.running() or not ranks:
+        job.wait()
+        return False
+    victim = chance.randrange(len(ranks))
+    os.kill(ranks[victim], signal.SIGKILL)
+    killed = time.monotonic()
+    job.wait(END_AFTER_DEATH_S)
+    print(f"  rank {victim} killed after {moment:.2f} s: code {job.code}, ended {time.monotonic() - killed:.1f} s later",
+          flush=True)
+    return job.code != 0
+
+
+for variant, settings in VARIANTS.items():
+    with Workspace() as space:
+        undisturbed = space.config("undisturbed")
+        job = Job(undisturbed, stages=2, settings=settings)
+        assert job.wait_for(lambda: (space.path / "undisturbed" / "run.json").exists()), job.wait().stderr
+        began = time.monotonic()
+        job.wait()
+        assert job.code == 0, job.stderr
+        duration = time.monotonic() - began
+        expected = result_digests(space.path / "undisturbed")
+        print(f"{variant}: undisturbed {duration:.2f} s after run.json", flush=True)
+
+        killed = 0
+        for attempt in range(4 * KILLS):
+            if killed == KILLS:
+                break
+            name = f"killed-{attempt}"
+            output, config = space.path / name, space.config(name)
+            if not kill_once(config, output, duration, settings, resume=False):
+                continue
+            killed += 1
+            # The second of the kills is followed by another one, and the last is continued by another layout of ranks.
+            if killed == 2:
+                kill_once(config, output, duration / 2, settings, resume=True)
+            stages, replicas = (1, 2) if killed == KILLS else (2, 1)
+            run_well(config, stages=stages, replicas=replicas, settings=settings, resume=True)
+            assert_same_bytes(expected, result_digests(output), f"{variant}, kill {killed}")
+        assert killed == KILLS, f"only {killed} of {KILLS} kills met a running job"
+        # Resuming what is finished changes nothing.
+        run_well(undisturbed, stages=2, settings=settings, resume=True)
+        assert_same_bytes(expected, result_digests(space.path / "undisturbed"), "resumed after the end")

@@ -1,0 +1,50 @@
+"""SIGUSR1 to mpirun ends a run with code 75 and its state on disk; --resume ends with the bytes of an undisturbed run."""
+import os
+import signal
+import time
+
+from isobath_system import Job, Workspace, assert_same_bytes, result_digests, run_well, seeded_random
+
+STOPS = 3
+LONGEST_STOP_S = 30
+chance = seeded_random()
+
+with Workspace() as space:
+    # Enough work to be stopped in the middle of each stage.
+    work = {"calibration": {"sequences": 8, "logical_shards": 4}, "quantization": {"reestimate": {"policy": "every", "blocks": 1}}}
+    undisturbed = space.config("undisturbed", **work)
+    job = Job(undisturbed, stages=2)
+    assert job.wait_for(lambda: (space.path / "undisturbed" / "run.json").exists()), job.wait().stderr
+    began = time.monotonic()
+    job.wait()
+    assert job.code == 0, job.stderr
+    duration = time.monotonic() - began
+    expected = result_digests(space.path / "undisturbed")
+
+    stopped = 0
+    for attempt in range(4 * STOPS):
+        if stopped == STOPS:
+            break
+        name = f"stopped-{attempt}"
+        output, config = space.path / name, space.config(name, **work)
+        stops_here, resume = 0, False
+        while True:
+            job = Job(config, stages=2, resume=resume)
+            if stops_here < 2:
+                # The lock, not run.json, says that this very job is at work.
+                job.wait_for(lambda: (output / "lock").exists())
+                time.sleep(chance.uniform(0.0, 0.8) * duration)
+                if job.running():
+                    os.kill(job.process.pid, signal.SIGUSR1)
+            sent = time.monotonic()
+            job.wait(LONGEST_STOP_S if stops_here < 2 else 120)
+            if job.code == 0:
+                break
+            assert job.code == 75, f"exit code {job.code} after SIGUSR1:\n{job.stderr}"
+            assert not (output / "lock").exists(), "a stopped run leaves its lock"
+            assert not (output / "model").exists(), "a stopped run leaves a model that looks finished"
+            print(f"stopped with 75, {time.monotonic() - sent:.2f} s after the signal", flush=True)
+            stops_here, resume = stops_here + 1, True
+        assert_same_bytes(expected, result_digests(output), f"after {stops_here} stops")
+        stopped += stops_here > 0
+    assert stopped == STOPS, f"only {stopped} of {STOPS} runs were stopped before they ended"

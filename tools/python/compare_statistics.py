@@ -1,0 +1,154 @@
+"""Compares the statistics of `isobath measure` with an independent computation in f64.
+
+    compare_statistics.py MODEL_DIR TOKENS.safetensors MEASURE_DIR [--sequences N] [--length T] [--tolerance 1e-4]
+
+Runs the model with transformers in f64, one sequence at a time, with autograd's full weight gradients, and recomputes every
+statistic of MEASURE_DIR/block-*.h5 by its formula. Prints the largest relative error of each statistic over all modules
+(max |a - b| / max |b| per array) and where it occurred; exits 1 when one is above the tolerance.
+
+Meant for loss nll and compute dtype f32 (bf16 rounding alone exceeds the default tolerance) and for models whose weights,
+gradients and covariances fit in memory in f64. Written for torch 2.15, transformers 5.23, h5py 3, safetensors 0.8.
+"""
+
+import argparse
+import pathlib
+import sys
+
+import h5py
+import numpy as np
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+MODULES = {name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+MODULES |= {name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+
+
+def read_tokens(path, n_sequences, length):
+    with safe_open(path, framework="pt") as file:
+        tokens = file.get_tensor("tokens")
+        lengths = file.get_tensor("lengths") if "lengths" in file.keys() else None
+    tokens = tokens[:n_sequences or None, :length or None].long()
+    if lengths is None:
+        lengths = torch.full((tokens.shape[0],), tokens.shape[1])
+    return tokens, lengths[: tokens.shape[0]].long().clamp(max=tokens.shape[1])
+
+
+class ModuleOracle:
+    """Sums of one linear over sequences, all f64."""
+
+    def __init__(self, linear, shape, row_groups, with_covariance):
+        self.linear, self.row_groups = linear, row_groups
+        d = linear.in_features
+        self.values = {
+            "token_weights": np.zeros((*shape, row_groups)),
+            "sum_x2": np.zeros(d), "max_abs_x": np.zeros(d),
+            "alpha_per_token": np.zeros(d), "alpha_per_sequence": np.zeros(d),
+            "trace of X'X": np.zeros(1),
+        }
+        if with_covariance:
+            self.values["covariance"] = np.zeros((row_groups, d, d))
+        self.x = self.y = None
+        linear.register_forward_hook(self.record)
+
+    def record(self, _, inputs, output):
+        output.retain_grad()
+        self.x, self.y = inputs[0].detach()[0], output
+
+    def observe(self, sequence, n_real):
+        x, g = self.x[:n_real], self.y.grad[0, :n_real]
+        v = self.values
+        # numpy's and torch's splits, like isobath's, give the first groups one row more.
+        weights = torch.stack([(part ** 2).mean(1) for part in torch.tensor_split(g, self.row_groups, dim=1)], dim=1)
+        v["token_weights"][sequence, :n_real] = weights.numpy()
+        v["sum_x2"] += (x ** 2).sum(0).numpy()
+        v["max_abs_x"] = np.maximum(v["max_abs_x"], x.abs().amax(0).numpy())
+        v["alpha_per_token"] += ((g ** 2).sum(1) @ x ** 2).numpy()
+        v["alpha_per_sequence"] += (self.linear.weight.grad ** 2).sum(0).numpy()  # the diagonal of dW'dW
+        v["trace of X'X"] += torch.linalg.matrix_norm(x).item() ** 2
+        if "covariance" in v:
+            for k in range(self.row_groups):
+                v["covariance"][k] += (x.T @ (weights[:, k, None] * x)).numpy()
+        self.x = self.y = None
+
+
+def recompute(arguments, row_groups, with_covariance):
+    tokens, lengths = read_tokens(arguments.tokens, arguments.sequences, arguments.length)
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype=torch.float64, attn_implementation="eager").eval().requires_grad_(False)
+    oracles = {}
+    for block, layer in enumerate(model.model.layers):
+        for name, path in MODULES.items():
+            linear = layer.get_submodule(path).requires_grad_(True)
+            oracles[block, name] = ModuleOracle(linear, tokens.shape, row_groups, with_covariance)
+    for sequence, n_real in enumerate(lengths.tolist()):
+        model.zero_grad()
+        row = tokens[sequence, :n_real]
+        logits = model(row[None]).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").backward()
+        for oracle in oracles.values():
+            oracle.observe(sequence, n_real)
+    return oracles
+
+
+def relative_error(found, expected, name):
+    if found.shape != expected.shape:
+        sys.exit(f"{name}: the file has shape {found.shape}, expected {expected.shape} (--sequences, --length?)")
+    if not np.isfinite(found).all():
+        return np.inf
+    largest = np.abs(expected).max()
+    return np.abs(found - expected).max() / (largest if largest > 0 else 1.0)
+
+
+def text(value):
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=pathlib.Path)
+    parser.add_argument("tokens", type=pathlib.Path)
+    parser.add_argument("measure", type=pathlib.Path)
+    parser.add_argument("--sequences", type=int, default=0, help="first N sequences; 0: all")
+    parser.add_argument("--length", type=int, default=0, help="first T tokens of each; 0: all")
+    parser.add_argument("--tolerance", type=float, default=1e-4)
+    arguments = parser.parse_args()
+
+    first = arguments.measure / "block-00000.h5"
+    if not first.exists():
+        sys.exit(f"{first} does not exist: expected the measure/ directory of a finished run")
+    with h5py.File(first) as file:
+        attributes = {key: text(value) for key, value in file.attrs.items()}
+        row_groups = file["q_proj/token_weights"].shape[2]
+        with_covariance = "covariance" in file["q_proj"]
+    if attributes.get("loss", "nll") != "nll":
+        sys.exit(f"{first}: loss {attributes['loss']}; only nll can be recomputed without isobath's random numbers")
+    exact = attributes.get("per_sequence") == "exact"
+
+    oracles = recompute(arguments, row_groups, with_covariance)
+    blocks = 1 + max(block for block, _ in oracles)
+    worst = {}
+    for block in range(blocks):
+        with h5py.File(arguments.measure / f"block-{block:05d}.h5") as file:
+            for name in MODULES:
+                group, expected = file[name], oracles[block, name].values
+                for key, reference in expected.items():
+                    if key == "alpha_per_sequence" and not exact:
+                        continue
+                    found = group["sum_x2"][:].sum(keepdims=True) if key == "trace of X'X" else group[key][:]
+                    error = relative_error(found.astype(np.float64), reference, f"block {block} {name} {key}")
+                    if key not in worst or error > worst[key][0]:
+                        worst[key] = (error, f"block {block} {name}")
+
+    print(f"{blocks} blocks, {len(oracles)} modules, {row_groups} row groups, compute dtype "
+          f"{attributes.get('compute_dtype', '?')}, tolerance {arguments.tolerance:g}")
+    print(f"{'statistic':<20} {'largest error':>14}  where")
+    for key, (error, where) in worst.items():
+        print(f"{key:<20} {error:>14.2e}  {where}{'' if error <= arguments.tolerance else '  ABOVE'}")
+    if not exact:
+        print(f"alpha_per_sequence   not compared: per_sequence is {attributes.get('per_sequence', 'absent')}, not exact")
+    return int(any(not error <= arguments.tolerance for error, _ in worst.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
