@@ -5,91 +5,14 @@
 #include <isobath/io/files.hpp>
 
 #include <algorithm>
-#include <boost/archive/binary_iarchive.hpp>
-#include <boost/archive/binary_oarchive.hpp>
-#include <boost/serialization/map.hpp>
-#include <boost/serialization/string.hpp>
-#include <boost/serialization/vector.hpp>
-#include <charconv>
 #include <set>
-#include <sstream>
 
+#include "generation_files.hpp"
 #include "record.hpp"
 
 namespace isobath::checkpoint {
 namespace fs = std::filesystem;
 namespace {
-
-constexpr const char* kPrefix = "gen-";
-constexpr const char* kTemporarySuffix = ".tmp";
-constexpr const char* kManifestName = "manifest.json";
-constexpr const char* kStateName = "state.bin";
-
-std::string generation_name(int64_t number) { return fmt::format("{}{:06}", kPrefix, number); }
-
-std::string rank_file_name(int rank) { return fmt::format("rank-{:04}.h5", rank); }
-
-/// The number of a directory called gen-000017; empty for any other name.
-std::optional<int64_t> generation_number(const std::string& name) {
-  if (!name.starts_with(kPrefix)) return std::nullopt;
-  int64_t number = 0;
-  const char* end = name.data() + name.size();
-  const auto [stop, status] = std::from_chars(name.data() + std::string_view(kPrefix).size(), end, number);
-  if (status != std::errc() || stop != end || name != generation_name(number)) return std::nullopt;
-  return number;
-}
-
-struct Listing {
-  std::set<int64_t> generations;
-  std::vector<fs::path> unfinished;
-};
-
-Listing list_generations(const fs::path& directory) {
-  Listing listing;
-  std::error_code status;
-  for (fs::directory_iterator entry(directory, status), end; !status && entry != end; entry.increment(status)) {
-    const std::string name = entry->path().filename().string();
-    if (const auto number = generation_number(name)) {
-      listing.generations.insert(*number);
-    } else if (name.ends_with(kTemporarySuffix) &&
-               generation_number(name.substr(0, name.size() - std::string_view(kTemporarySuffix).size()))) {
-      listing.unfinished.push_back(entry->path());
-    }
-  }
-  if (status) fail<IoError>("cannot list {}: {}", directory.string(), status.message());
-  return listing;
-}
-
-void remove_or_warn(const fs::path& path) {
-  std::error_code status;
-  fs::remove_all(path, status);
-  if (status) log::warning("cannot remove {}: {}", path.string(), status.message());
-}
-
-/// A generation loses its name first, so that a crash half-way leaves a visibly unfinished directory.
-void retire(const fs::path& generation) {
-  const fs::path unfinished = generation.string() + kTemporarySuffix;
-  std::error_code status;
-  fs::rename(generation, unfinished, status);
-  remove_or_warn(status ? generation : unfinished);
-}
-
-std::string archive(const RunState& state) {
-  std::ostringstream stream;
-  {
-    boost::archive::binary_oarchive archive(stream);
-    archive << state;
-  }
-  return stream.str();
-}
-
-RunState unarchive(const std::string& bytes) {
-  std::istringstream stream(bytes);
-  boost::archive::binary_iarchive archive(stream);
-  RunState state;
-  archive >> state;
-  return state;
-}
 
 FileRecord write_rank_file(const fs::path& directory, int rank,
                            const std::vector<std::pair<std::string, at::Tensor>>& tensors) {
@@ -125,9 +48,11 @@ void check_visible(const fs::path& directory, const Manifest& manifest) {
     std::error_code status;
     const auto size = fs::file_size(directory / file.name, status);
     if (status || static_cast<int64_t>(size) != file.bytes) {
-      fail<IoError>("{} was written with {} bytes but rank 0 finds {}; the output directory must be on a file system "
-                    "that all ranks share", (directory / file.name).string(), file.bytes,
-                    status ? status.message() : fmt::format("{} bytes", size));
+      fail<IoError>(
+          "{} was written with {} bytes but rank 0 finds {}; the output directory must be on a file system "
+          "that all ranks share",
+          (directory / file.name).string(), file.bytes,
+          status ? status.message() : fmt::format("{} bytes", size));
     }
   }
 }
@@ -142,9 +67,15 @@ struct Generation::State {
   std::map<std::string, io::Hdf5Reader> readers;
 };
 
-int64_t Generation::number() const { return state_->number; }
-const RunState& Generation::state() const { return state_->run_state; }
-bool Generation::contains(const std::string& name) const { return state_->file_of.contains(name); }
+int64_t Generation::number() const {
+  return state_->number;
+}
+const RunState& Generation::state() const {
+  return state_->run_state;
+}
+bool Generation::contains(const std::string& name) const {
+  return state_->file_of.contains(name);
+}
 
 at::Tensor Generation::read(const std::string& name) const {
   const auto found = state_->file_of.find(name);
@@ -298,8 +229,8 @@ std::string GenerationStore::State::next_manifest(std::vector<int64_t>& candidat
       std::string text = io::read_text(path);
       const Manifest manifest = Manifest::from_text(text, path.string());
       if (manifest.number == number) return text;
-      log::warning("checkpoint {} is not used: its manifest is that of generation {}", path_of(number).string(),
-                   manifest.number);
+      log::warning("checkpoint {} is not used: its manifest is that of generation {}",
+                   path_of(number).string(), manifest.number);
     } catch (const Error& error) {
       log::warning("checkpoint {} is not used: {}", path_of(number).string(), error.what());
     }
@@ -309,7 +240,8 @@ std::string GenerationStore::State::next_manifest(std::vector<int64_t>& candidat
 }
 
 /// Collective: every file of the generation is digested by one rank; the same list of problems on all ranks.
-std::string GenerationStore::State::problems_of(const Manifest& manifest, const fs::path& outputs_root) const {
+std::string GenerationStore::State::problems_of(const Manifest& manifest,
+                                                const fs::path& outputs_root) const {
   std::string problems;
   auto verify = [&, index = 0](const fs::path& root, const FileRecord& file) mutable {
     if (index++ % comm->size() != comm->rank()) return;
@@ -330,8 +262,8 @@ std::optional<RunState> GenerationStore::State::read_state(const Manifest& manif
     try {
       bytes = io::read_text(path);
       if (const std::string found = Digest().update(bytes).hex(); found != manifest.state.digest) {
-        problem = fmt::format("{} is damaged: its digest is {}, the manifest records {}", path.string(), found,
-                              manifest.state.digest);
+        problem = fmt::format("{} is damaged: its digest is {}, the manifest records {}", path.string(),
+                              found, manifest.state.digest);
       }
     } catch (const Error& error) {
       problem = error.what();
@@ -378,8 +310,10 @@ std::optional<Generation> GenerationStore::open_latest(const fs::path& outputs_r
     std::string difference;
     if (store.is_root()) difference = differences(manifest.fingerprint, store.fingerprint);
     if (!difference.empty()) {
-      difference = fmt::format("checkpoint {} was made by a different run:\n  {}\nrestore these values, or choose "
-                               "another `output`", path.string(), difference);
+      difference = fmt::format(
+          "checkpoint {} was made by a different run:\n  {}\nrestore these values, or choose "
+          "another `output`",
+          path.string(), difference);
     }
     comm.agree(difference, ExitCode::checkpoint);
 

@@ -27,7 +27,8 @@ std::string seal(const Json& body) {
   try {
     text = body.dump(2);
   } catch (const Json::exception& error) {
-    fail<ConfigError>("a name or value of this run is not UTF-8 text and cannot be recorded: {}", error.what());
+    fail<ConfigError>("a name or value of this run is not UTF-8 text and cannot be recorded: {}",
+                      error.what());
   }
   ISOBATH_CHECK(text.ends_with("\n}"), "only a JSON object with fields can be sealed");
   text.resize(text.size() - 2);
@@ -40,13 +41,15 @@ Json unseal(const std::string& text, const std::string& source) {
   const std::string_view whole = text;
   if (whole.size() <= tail || !whole.ends_with(kAfterDigest) ||
       whole.substr(whole.size() - tail, kBeforeDigest.size()) != kBeforeDigest) {
-    fail<CheckpointError>("{} is damaged: it does not end with its own digest ({} bytes)", source, text.size());
+    fail<CheckpointError>("{} is damaged: it does not end with its own digest ({} bytes)", source,
+                          text.size());
   }
   const std::string body = text.substr(0, text.size() - tail);
   const std::string recorded = text.substr(body.size() + kBeforeDigest.size(), kDigestLength);
   const std::string found = Digest().update(body).hex();
   if (recorded != found) {
-    fail<CheckpointError>("{} is damaged: it records its digest as {}, its bytes have {}", source, recorded, found);
+    fail<CheckpointError>("{} is damaged: it records its digest as {}, its bytes have {}", source, recorded,
+                          found);
   }
   Json json = Json::parse(text, nullptr, false);
   if (json.is_discarded()) fail<CheckpointError>("{} is not JSON although its digest is right", source);
@@ -106,7 +109,8 @@ std::string FileRecord::problem_in(const std::filesystem::path& root) const {
   try {
     const std::string found = file_digest(path);
     if (found != digest) {
-      return fmt::format("{} is damaged: its digest is {}, the manifest records {}", path.string(), found, digest);
+      return fmt::format("{} is damaged: its digest is {}, the manifest records {}", path.string(), found,
+                         digest);
     }
   } catch (const Error& error) {
     return error.what();
@@ -130,8 +134,10 @@ Manifest Manifest::from_text(const std::string& text, const std::string& source)
   const Json json = unseal(text, source);
   try {
     if (const int64_t version = json.at("version"); version != kManifestVersion) {
-      fail<CheckpointError>("{} has format version {}, this isobath reads version {}; continue with the isobath that "
-                            "wrote it", source, version, kManifestVersion);
+      fail<CheckpointError>(
+          "{} has format version {}, this isobath reads version {}; continue with the isobath that "
+          "wrote it",
+          source, version, kManifestVersion);
     }
     Manifest manifest;
     manifest.number = json.at("number");

@@ -3,6 +3,7 @@
 #include <fmt/ranges.h>
 
 #include <isobath/core/error.hpp>
+#include <isobath/core/version.hpp>
 #include <isobath/io/files.hpp>
 
 #include <chrono>
@@ -27,7 +28,10 @@ struct RunRecord {
   std::set<std::string> complete;
 
   [[nodiscard]] std::string to_text() const {
-    return seal(Json{{"format", "isobath run"}, {"isobath", version}, {"complete", complete}, {"fingerprint", fingerprint}});
+    return seal(Json{{"format", "isobath run"},
+                     {"isobath", version},
+                     {"complete", complete},
+                     {"fingerprint", fingerprint}});
   }
 
   static RunRecord from_text(const std::string& text, const std::string& source) {
@@ -41,7 +45,8 @@ struct RunRecord {
   }
 };
 
-/// Names of what stands in a directory and is neither a lock nor left by a job that died while it was created.
+/// Names of what stands in a directory and is neither a lock nor left by a job that died while it was
+/// created.
 std::set<std::string> contents(const fs::path& path) {
   std::set<std::string> names;
   std::error_code status;
@@ -63,18 +68,22 @@ void check_vacant(const fs::path& path) {
       if (some.size() > 100) break;
       some += (some.empty() ? "" : ", ") + name;
     }
-    fail<ConfigError>("{} holds files that are not of a run ({}): a run needs an empty directory; choose another "
-                      "`output`, or empty it", path.string(), some);
+    fail<ConfigError>(
+        "{} holds files that are not of a run ({}): a run needs an empty directory; choose another "
+        "`output`, or empty it",
+        path.string(), some);
   }
   const fs::path file = path / kRunFile;
   const RunRecord record = RunRecord::from_text(io::read_text(file), file.string());
   if (record.complete.contains(kLastStage)) {
-    fail<ConfigError>("{} holds a finished run: choose another `output`, or delete the directory", path.string());
+    fail<ConfigError>("{} holds a finished run: choose another `output`, or delete the directory",
+                      path.string());
   }
-  fail<ConfigError>("{} holds a run{}: continue it with --resume, choose another `output`, or delete the directory",
-                    path.string(),
-                    record.complete.empty() ? std::string()
-                                            : fmt::format(" (complete: {})", fmt::join(record.complete, ", ")));
+  fail<ConfigError>(
+      "{} holds a run{}: continue it with --resume, choose another `output`, or delete the directory",
+      path.string(),
+      record.complete.empty() ? std::string()
+                              : fmt::format(" (complete: {})", fmt::join(record.complete, ", ")));
 }
 
 void check_directory(const fs::path& path) {
@@ -104,7 +113,7 @@ void RunDirectory::State::create(const Fingerprint& fingerprint) {
   lock = std::make_unique<RunLock>(path, comm->host());
   // Again, now that nobody else can change the answer.
   check_vacant(path);
-  record = {ISOBATH_VERSION, fingerprint, {}};
+  record = {kVersion, fingerprint, {}};
   io::write_text_atomically(path / kRunFile, record.to_text());
 }
 
@@ -112,16 +121,18 @@ void RunDirectory::State::resume(const Fingerprint& fingerprint) {
   const fs::path file = path / kRunFile;
   std::error_code status;
   if (!fs::exists(file, status)) {
-    fail<ConfigError>("there is no run to resume in {}: it has no {}; start it without --resume", path.string(), kRunFile);
+    fail<ConfigError>("there is no run to resume in {}: it has no {}; start it without --resume",
+                      path.string(), kRunFile);
   }
   lock = std::make_unique<RunLock>(path, comm->host());
   record = RunRecord::from_text(io::read_text(file), file.string());
   Fingerprint then = record.fingerprint, now = fingerprint;
   then["isobath"] = record.version;
-  now["isobath"] = ISOBATH_VERSION;
+  now["isobath"] = kVersion;
   if (const std::string difference = differences(then, now); !difference.empty()) {
-    fail<CheckpointError>("{} was made by a different run:\n  {}\nrestore these values, or choose another `output`",
-                          path.string(), difference);
+    fail<CheckpointError>(
+        "{} was made by a different run:\n  {}\nrestore these values, or choose another `output`",
+        path.string(), difference);
   }
 }
 
@@ -130,14 +141,17 @@ void RunDirectory::State::check_visible() const {
   std::error_code status;
   while (!fs::exists(path / kRunFile, status)) {
     if (std::chrono::steady_clock::now() > limit) {
-      fail<IoError>("{} was written by rank 0 but is not seen here; the output directory must be on a file system that "
-                    "all ranks share", (path / kRunFile).string());
+      fail<IoError>(
+          "{} was written by rank 0 but is not seen here; the output directory must be on a file system that "
+          "all ranks share",
+          (path / kRunFile).string());
     }
     std::this_thread::sleep_for(std::chrono::milliseconds(50));
   }
 }
 
-RunDirectory::RunDirectory(fs::path path, Mode mode, const Fingerprint& fingerprint, const comm::Communicator& comm)
+RunDirectory::RunDirectory(fs::path path, Mode mode, const Fingerprint& fingerprint,
+                           const comm::Communicator& comm)
     : state_(std::make_unique<State>()) {
   state_->path = std::move(path);
   state_->comm = &comm;
@@ -155,9 +169,13 @@ RunDirectory::RunDirectory(fs::path path, Mode mode, const Fingerprint& fingerpr
 RunDirectory::~RunDirectory() = default;
 RunDirectory::RunDirectory(RunDirectory&&) noexcept = default;
 
-const fs::path& RunDirectory::path() const { return state_->path; }
+const fs::path& RunDirectory::path() const {
+  return state_->path;
+}
 
-bool RunDirectory::is_complete(const std::string& stage) const { return state_->record.complete.contains(stage); }
+bool RunDirectory::is_complete(const std::string& stage) const {
+  return state_->record.complete.contains(stage);
+}
 
 void RunDirectory::mark_complete(const std::string& stage) {
   RunRecord record = state_->record;

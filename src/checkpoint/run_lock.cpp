@@ -26,7 +26,8 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-// A lock is written within microseconds of being created; one still empty after this long was left by a crash in between.
+// A lock is written within microseconds of being created; one still empty after this long was left by a crash
+// in between.
 constexpr auto kEmptyLockGrace = std::chrono::seconds(60);
 constexpr int kAttempts = 40;
 constexpr auto kPause = std::chrono::milliseconds(25);
@@ -45,8 +46,8 @@ std::string first_line(const fs::path& path) {
   return line;
 }
 
-/// Clock ticks from boot to the start of a process, as text: with it a process id is never mistaken for a reused one.
-/// Empty when there is no such process or only its zombie is left.
+/// Clock ticks from boot to the start of a process, as text: with it a process id is never mistaken for a
+/// reused one. Empty when there is no such process or only its zombie is left.
 std::string start_of_process(int64_t pid) {
   const std::string line = first_line(fmt::format("/proc/{}/stat", pid));
   const size_t after_name = line.rfind(')');
@@ -85,8 +86,8 @@ Json own_identity(const std::string& host) {
 
 /// Why the holder cannot be at work any more; empty when it may be.
 std::string why_gone(const Json& holder, const Json& self) {
-  if (const std::string job = holder.at("slurm_job"); !job.empty() && job == self.at("slurm_job") &&
-                                                      holder.at("slurm_restart") != self.at("slurm_restart")) {
+  if (const std::string job = holder.at("slurm_job");
+      !job.empty() && job == self.at("slurm_job") && holder.at("slurm_restart") != self.at("slurm_restart")) {
     return fmt::format("Slurm restarted job {}", job);
   }
   if (holder.at("host") != self.at("host")) return {};
@@ -94,7 +95,8 @@ std::string why_gone(const Json& holder, const Json& self) {
   if (holder.at("pid_namespace") != self.at("pid_namespace")) return {};
   const int64_t pid = holder.at("pid");
   if (::kill(static_cast<pid_t>(pid), 0) != 0 && errno == ESRCH) return "that process has ended";
-  if (start_of_process(pid) != holder.at("pid_start")) return "that process has ended and its id is used by another";
+  if (start_of_process(pid) != holder.at("pid_start"))
+    return "that process has ended and its id is used by another";
   return {};
 }
 
@@ -135,19 +137,24 @@ bool create_exclusively(const fs::path& path, const std::string& text) {
 
 enum class Outcome { taken, changed };
 
-/// Replaces the lock of a holder that is gone. flock on the old file keeps two jobs of one host from doing so at once; the
-/// name `lock` exists all the time, so that O_EXCL keeps everybody else out.
+/// Replaces the lock of a holder that is gone. flock on the old file keeps two jobs of one host from doing so
+/// at once; the name `lock` exists all the time, so that O_EXCL keeps everybody else out.
 Outcome take_over(const fs::path& path, const std::string& text, const Json& self) {
   const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
-  if (file.value < 0 || (::flock(file.value, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)) return Outcome::changed;
-  struct stat opened {}, named {};
-  if (::fstat(file.value, &opened) != 0 || ::stat(path.c_str(), &named) != 0 || opened.st_ino != named.st_ino) {
+  if (file.value < 0 || (::flock(file.value, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK))
+    return Outcome::changed;
+  struct stat opened {
+  }, named{};
+  if (::fstat(file.value, &opened) != 0 || ::stat(path.c_str(), &named) != 0 ||
+      opened.st_ino != named.st_ino) {
     return Outcome::changed;
   }
   const Verdict verdict = judge(read_all(file.value), opened, self);
   if (verdict.why_gone.empty()) {
-    fail<ConfigError>("{} is in use by {}; wait for that job or stop it, or choose another `output` (if it is certainly "
-                      "gone, delete {})", path.parent_path().string(), verdict.holder, path.string());
+    fail<ConfigError>(
+        "{} is in use by {}; wait for that job or stop it, or choose another `output` (if it is certainly "
+        "gone, delete {})",
+        path.parent_path().string(), verdict.holder, path.string());
   }
   log::warning("taking over {} from {}: {}", path.parent_path().string(), verdict.holder, verdict.why_gone);
   io::write_text_atomically(path, text);

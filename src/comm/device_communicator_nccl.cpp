@@ -62,7 +62,7 @@ DeviceCommunicator::DeviceCommunicator(const Communicator& comm, c10::Device dev
   for (int parity = 0; parity < 2; ++parity) {
     const int lower = control.rank() % 2 == parity ? control.rank() : control.rank() - 1;
     if (lower < 0 || lower + 1 >= control.size()) continue;
-    for (const Edge edge : {Edge{lower, lower + 1}, Edge{lower + 1, lower}}) {
+    for (const Edge& edge : {Edge{lower, lower + 1}, Edge{lower + 1, lower}}) {
       state_->edges[edge] = make_edge(control, edge, device);
     }
   }

@@ -1,7 +1,23 @@
 #include <algorithm>
 #include <isobath/core/error.hpp>
+#include <optional>
 
 namespace isobath {
+namespace {
+
+std::optional<ExitCode> innermost_code(const std::exception& error) {
+  std::optional<ExitCode> code;
+  try {
+    std::rethrow_if_nested(error);
+  } catch (const std::exception& inner) {
+    code = innermost_code(inner);
+  } catch (...) {  // not ours: the outer error decides
+  }
+  if (const auto* known = dynamic_cast<const Error*>(&error); known != nullptr && !code) code = known->code();
+  return code;
+}
+
+}  // namespace
 
 void contract_violated(std::string_view expression, const std::string& message, std::source_location where) {
   std::string_view file = where.file_name();
@@ -24,17 +40,6 @@ std::string describe(const std::exception& error) {
   return text;
 }
 
-ExitCode exit_code_of(const std::exception& error) {
-  ExitCode code = ExitCode::internal;
-  if (const auto* known = dynamic_cast<const Error*>(&error)) code = known->code();
-  try {
-    std::rethrow_if_nested(error);
-  } catch (const std::exception& inner) {
-    return exit_code_of(inner);
-  } catch (...) {
-    return ExitCode::internal;
-  }
-  return code;
-}
+ExitCode exit_code_of(const std::exception& error) { return innermost_code(error).value_or(ExitCode::internal); }
 
 }  // namespace isobath

@@ -7,8 +7,8 @@ namespace isobath::data {
 
 ShardPlan::ShardPlan(int64_t n_sequences, int64_t n_shards, int64_t microbatch)
     : n_sequences_(n_sequences), n_shards_(std::min(n_shards, n_sequences)) {
-  ISOBATH_CHECK(n_sequences > 0 && n_shards > 0 && microbatch > 0, "ShardPlan({}, {}, {})", n_sequences, n_shards,
-                microbatch);
+  ISOBATH_CHECK(n_sequences > 0 && n_shards > 0 && microbatch > 0, "ShardPlan({}, {}, {})", n_sequences,
+                n_shards, microbatch);
   for (int64_t shard = 0; shard < n_shards_; ++shard) {
     const Range sequences = sequences_of_shard(shard);
     for (int64_t begin = sequences.begin; begin < sequences.end; begin += microbatch) {
@@ -19,11 +19,19 @@ ShardPlan::ShardPlan(int64_t n_sequences, int64_t n_shards, int64_t microbatch)
   }
 }
 
-int64_t ShardPlan::n_shards() const { return n_shards_; }
-int64_t ShardPlan::n_sequences() const { return n_sequences_; }
-const std::vector<Microbatch>& ShardPlan::microbatches() const { return microbatches_; }
+int64_t ShardPlan::n_shards() const {
+  return n_shards_;
+}
+int64_t ShardPlan::n_sequences() const {
+  return n_sequences_;
+}
+const std::vector<Microbatch>& ShardPlan::microbatches() const {
+  return microbatches_;
+}
 
-Range ShardPlan::shards_of(int64_t part, int64_t n_parts) const { return partition(n_shards_, n_parts, part); }
+Range ShardPlan::shards_of(int64_t part, int64_t n_parts) const {
+  return partition(n_shards_, n_parts, part);
+}
 
 std::vector<Microbatch> ShardPlan::microbatches_of(int64_t part, int64_t n_parts) const {
   const Range shards = shards_of(part, n_parts);
@@ -41,7 +49,9 @@ Range ShardPlan::sequences_of(int64_t part, int64_t n_parts) const {
   return {begin_of(shards.begin), begin_of(shards.end)};
 }
 
-Range ShardPlan::sequences_of_shard(int64_t shard) const { return partition(n_sequences_, n_shards_, shard); }
+Range ShardPlan::sequences_of_shard(int64_t shard) const {
+  return partition(n_sequences_, n_shards_, shard);
+}
 
 std::vector<int> ShardPlan::owners(int64_t n_parts) const {
   std::vector<int> owners(static_cast<size_t>(n_shards_));

@@ -23,7 +23,8 @@ constexpr int64_t kMinLength = 2;
 struct RawTokens {
   at::Tensor tokens;
   std::optional<at::Tensor> lengths;
-  std::map<std::string, std::string> notes;  ///< tokenizer_sha256, vocab_size, bos_policy: those that are present
+  std::map<std::string, std::string>
+      notes;  ///< tokenizer_sha256, vocab_size, bos_policy: those that are present
 };
 
 RawTokens read_safetensors(const fs::path& path) {
@@ -65,48 +66,53 @@ std::string note(const RawTokens& raw, const std::string& name) {
 void check_shape(const std::string& file, const RawTokens& raw, const TokenRequirements& requirements) {
   const at::Tensor& tokens = raw.tokens;
   if (tokens.scalar_type() != at::kInt || tokens.dim() != 2) {
-    fail<DataError>("{}: tokens are {} of shape [{}]; expected Int (int32) of shape [sequences, length]", file,
-                    c10::toString(tokens.scalar_type()), fmt::join(tokens.sizes(), ", "));
+    fail<DataError>("{}: tokens are {} of shape [{}]; expected Int (int32) of shape [sequences, length]",
+                    file, c10::toString(tokens.scalar_type()), fmt::join(tokens.sizes(), ", "));
   }
   if (tokens.numel() == 0)
     fail<DataError>("{}: tokens of shape [{}] are empty", file, fmt::join(tokens.sizes(), ", "));
   if (tokens.size(0) < requirements.n_sequences) {
-    fail<DataError>("{}: {} sequences are asked for, the file holds {}; ask for fewer or make a larger file", file,
-                    requirements.n_sequences, tokens.size(0));
+    fail<DataError>("{}: {} sequences are asked for, the file holds {}; ask for fewer or make a larger file",
+                    file, requirements.n_sequences, tokens.size(0));
   }
   if (tokens.size(1) < requirements.length) {
-    fail<DataError>("{}: sequences of {} tokens are asked for, those of the file have {}; ask for shorter ones", file,
-                    requirements.length, tokens.size(1));
+    fail<DataError>(
+        "{}: sequences of {} tokens are asked for, those of the file have {}; ask for shorter ones", file,
+        requirements.length, tokens.size(1));
   }
   if (raw.lengths && (raw.lengths->scalar_type() != at::kInt || raw.lengths->dim() != 1 ||
                       raw.lengths->size(0) != tokens.size(0))) {
-    fail<DataError>("{}: lengths are {} of shape [{}]; expected Int (int32) of shape [{}], one per sequence", file,
-                    c10::toString(raw.lengths->scalar_type()), fmt::join(raw.lengths->sizes(), ", "), tokens.size(0));
+    fail<DataError>("{}: lengths are {} of shape [{}]; expected Int (int32) of shape [{}], one per sequence",
+                    file, c10::toString(raw.lengths->scalar_type()), fmt::join(raw.lengths->sizes(), ", "),
+                    tokens.size(0));
   }
 }
 
 void check_tokens(const std::string& file, const TokenSet& set, const RawTokens& raw, int64_t vocab_size) {
-  const std::span<const int32_t> values(set.tokens.const_data_ptr<int32_t>(), static_cast<size_t>(set.tokens.numel()));
+  const std::span<const int32_t> values(set.tokens.const_data_ptr<int32_t>(),
+                                        static_cast<size_t>(set.tokens.numel()));
   const auto bad = std::find_if(values.begin(), values.end(),
                                 [&](int32_t token) { return token < 0 || int64_t{token} >= vocab_size; });
   if (bad == values.end()) return;
   const int64_t index = bad - values.begin();
   const std::string vocabulary = note(raw, "vocab_size");
   const bool is_other_vocabulary = !vocabulary.empty() && vocabulary != std::to_string(vocab_size);
-  fail<DataError>("{}: sequence {}, position {}: token {} is outside the model's vocabulary [0, {}){}", file,
-                  index / set.length(), index % set.length(), *bad, vocab_size,
-                  is_other_vocabulary
-                      ? fmt::format("; the file was made for a vocabulary of {}: was another tokenizer used?", vocabulary)
-                      : std::string());
+  fail<DataError>(
+      "{}: sequence {}, position {}: token {} is outside the model's vocabulary [0, {}){}", file,
+      index / set.length(), index % set.length(), *bad, vocab_size,
+      is_other_vocabulary
+          ? fmt::format("; the file was made for a vocabulary of {}: was another tokenizer used?", vocabulary)
+          : std::string());
 }
 
 void check_lengths(const std::string& file, const at::Tensor& lengths, int64_t length) {
-  const std::span<const int32_t> values(lengths.const_data_ptr<int32_t>(), static_cast<size_t>(lengths.numel()));
+  const std::span<const int32_t> values(lengths.const_data_ptr<int32_t>(),
+                                        static_cast<size_t>(lengths.numel()));
   const auto bad = std::find_if(values.begin(), values.end(),
                                 [&](int32_t value) { return value < kMinLength || int64_t{value} > length; });
   if (bad != values.end())
-    fail<DataError>("{}: sequence {}: its length {} is outside [{}, {}]", file, bad - values.begin(), *bad, kMinLength,
-                    length);
+    fail<DataError>("{}: sequence {}: its length {} is outside [{}, {}]", file, bad - values.begin(), *bad,
+                    kMinLength, length);
 }
 
 TokenSet read_and_verify(const fs::path& path, const TokenRequirements& requirements) {
@@ -119,9 +125,10 @@ TokenSet read_and_verify(const fs::path& path, const TokenRequirements& requirem
   set.bos_policy = note(raw, "bos_policy");
   if (!set.tokenizer_sha256.empty() && !requirements.tokenizer_sha256.empty() &&
       set.tokenizer_sha256 != requirements.tokenizer_sha256) {
-    fail<DataError>("{} was made with another tokenizer: its tokenizer.json has SHA-256 {}, the model's has {}; "
-                    "tokenize again with the model's",
-                    file, set.tokenizer_sha256, requirements.tokenizer_sha256);
+    fail<DataError>(
+        "{} was made with another tokenizer: its tokenizer.json has SHA-256 {}, the model's has {}; "
+        "tokenize again with the model's",
+        file, set.tokenizer_sha256, requirements.tokenizer_sha256);
   }
 
   const int64_t n = requirements.n_sequences > 0 ? requirements.n_sequences : raw.tokens.size(0);
@@ -142,7 +149,8 @@ TokenSet read_and_verify(const fs::path& path, const TokenRequirements& requirem
 
 }  // namespace
 
-TokenSet open_tokens(const fs::path& path, const TokenRequirements& requirements, const comm::Communicator& comm) {
+TokenSet open_tokens(const fs::path& path, const TokenRequirements& requirements,
+                     const comm::Communicator& comm) {
   constexpr int kRoot = 0;
   const bool is_root = comm.rank() == kRoot;
   TokenSet set;

@@ -21,7 +21,9 @@ fs::path with_suffix(fs::path path) {
 }
 
 /// "" names the current directory in relative paths.
-fs::path or_current(const fs::path& directory) { return directory.empty() ? fs::path(".") : directory; }
+fs::path or_current(const fs::path& directory) {
+  return directory.empty() ? fs::path(".") : directory;
+}
 
 void sync_by_name(const fs::path& path, int flags) {
   const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | flags);
@@ -44,10 +46,12 @@ std::string read_text(const fs::path& path, int64_t max_bytes) {
   const PosixFile file = PosixFile::open_for_reading(path);
   const int64_t size = file.status().st_size;
   if (size > max_bytes) {
-    fail<DataError>("{} has {} bytes, at most {} are expected of such a file", path.string(), size, max_bytes);
+    fail<DataError>("{} has {} bytes, at most {} are expected of such a file", path.string(), size,
+                    max_bytes);
   }
   std::string text(static_cast<size_t>(size), '\0');
-  text.resize(static_cast<size_t>(file.read_at(std::as_writable_bytes(std::span(text.data(), text.size())), 0)));
+  text.resize(
+      static_cast<size_t>(file.read_at(std::as_writable_bytes(std::span(text.data(), text.size())), 0)));
   return text;
 }
 
@@ -57,9 +61,13 @@ void write_text_atomically(const fs::path& path, std::string_view text) {
   file.commit();
 }
 
-void sync_file(const fs::path& path) { sync_by_name(path, 0); }
+void sync_file(const fs::path& path) {
+  sync_by_name(path, 0);
+}
 
-void sync_directory(const fs::path& path) { sync_by_name(or_current(path), O_DIRECTORY); }
+void sync_directory(const fs::path& path) {
+  sync_by_name(or_current(path), O_DIRECTORY);
+}
 
 void rename_durably(const fs::path& from, const fs::path& to) {
   if (::rename(from.c_str(), to.c_str()) != 0) {
@@ -90,8 +98,8 @@ void copy_atomically(const fs::path& from, const fs::path& to) {
     offset += n;
   }
   if (offset != size) {
-    fail<IoError>("{} changed while it was copied to {}: {} bytes at first, {} copied", from.string(), to.string(),
-                  size, offset);
+    fail<IoError>("{} changed while it was copied to {}: {} bytes at first, {} copied", from.string(),
+                  to.string(), size, offset);
   }
   target.commit();
 }
@@ -104,7 +112,8 @@ int64_t free_bytes(const fs::path& path) {
     existing = existing.parent_path();
   }
   struct statvfs file_system {};
-  if (::statvfs(or_current(existing).c_str(), &file_system) != 0) fail_io("ask for the free space of", path, errno);
+  if (::statvfs(or_current(existing).c_str(), &file_system) != 0)
+    fail_io("ask for the free space of", path, errno);
   return static_cast<int64_t>(file_system.f_bavail) * static_cast<int64_t>(file_system.f_frsize);
 }
 

@@ -11,7 +11,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-/// No filter of the library packs better (deflate: 1032 to 1), so a dataset that claims more was never written.
+/// No filter of the library packs better (deflate: 1032 to 1), so a dataset that claims more was never
+/// written.
 constexpr int64_t kMaxCompression = 1032;
 
 struct ElementType {
@@ -63,7 +64,8 @@ struct Hdf5Reader::State {
     fail<DataError>("{}: {}", path.string(), fmt::format(format, std::forward<A>(arguments)...));
   }
 
-  /// The object, or an invalid handle. Soft and external links are not followed: they may lead to other files.
+  /// The object, or an invalid handle. Soft and external links are not followed: they may lead to other
+  /// files.
   [[nodiscard]] Hdf5Handle find(const std::string& name) const {
     std::string prefix;
     for (const fs::path& part : fs::path(name).relative_path()) {
@@ -119,9 +121,11 @@ struct Hdf5Reader::State {
     if (kind == H5T_INTEGER && !is_signed && size == 1) return {at::kByte, H5T_NATIVE_UINT8};
     if (kind == H5T_INTEGER && !is_signed && size == 2 && is_bfloat16(dataset))
       return {at::kBFloat16, H5T_NATIVE_UINT16};
-    reject("dataset {} has a type of {} bytes that isobath does not read; expected f32, f64, i8, u8, i32, i64 or "
-           "bfloat16 (as u16 with the attribute dtype)",
-           name, size);
+    reject(
+        "dataset {} has a type of {} bytes that isobath does not read; expected f32, f64, i8, u8, i32, i64 "
+        "or "
+        "bfloat16 (as u16 with the attribute dtype)",
+        name, size);
   }
 
   /// Before memory is taken for it: the stored bytes must be able to hold what the shape claims.
@@ -130,7 +134,8 @@ struct Hdf5Reader::State {
     int64_t bytes = static_cast<int64_t>(c10::elementSize(type.dtype));
     bool overflows = false;
     for (const int64_t extent : shape)
-      overflows = overflows || extent < 0 || __builtin_mul_overflow(bytes, std::max<int64_t>(extent, 1), &bytes);
+      overflows =
+          overflows || extent < 0 || __builtin_mul_overflow(bytes, std::max<int64_t>(extent, 1), &bytes);
     const Hdf5Handle creation(H5Dget_create_plist(dataset), H5Pclose);
     const H5D_layout_t layout = H5Pget_layout(creation.id());
     if (layout == H5D_VIRTUAL || H5Pget_external_count(creation.id()) > 0)
@@ -150,8 +155,8 @@ struct Hdf5Reader::State {
     const Hdf5Handle file_space(H5Dget_space(dataset.id()), H5Sclose);
     if (rows != nullptr) {
       ISOBATH_CHECK(!shape.empty() && 0 <= rows[0] && rows[0] <= rows[1] && rows[1] <= shape[0],
-                    "rows [{}, {}) of dataset {} of shape [{}] in {}", rows[0], rows[1], name, fmt::join(shape, ", "),
-                    path.string());
+                    "rows [{}, {}) of dataset {} of shape [{}] in {}", rows[0], rows[1], name,
+                    fmt::join(shape, ", "), path.string());
       shape[0] = rows[1] - rows[0];
       std::vector<hsize_t> start(shape.size(), 0), count(shape.begin(), shape.end());
       start[0] = static_cast<hsize_t>(rows[0]);
@@ -164,15 +169,18 @@ struct Hdf5Reader::State {
         extents.empty() ? H5Screate(H5S_SCALAR)
                         : H5Screate_simple(static_cast<int>(extents.size()), extents.data(), nullptr),
         H5Sclose);
-    if (H5Dread(dataset.id(), type.memory_type, memory_space.id(), file_space.id(), H5P_DEFAULT, tensor.data_ptr()) < 0)
+    if (H5Dread(dataset.id(), type.memory_type, memory_space.id(), file_space.id(), H5P_DEFAULT,
+                tensor.data_ptr()) < 0)
       reject("dataset {} cannot be read: {}", name, hdf5_reason());
     return tensor;
   }
 
-  [[nodiscard]] Attribute attribute_of(hid_t object, const std::string& name, const std::string& place) const {
+  [[nodiscard]] Attribute attribute_of(hid_t object, const std::string& name,
+                                       const std::string& place) const {
     const Hdf5Handle attribute(H5Aopen(object, name.c_str(), H5P_DEFAULT), H5Aclose);
     if (!attribute.valid()) reject("{} has no attribute {}", place, name);
-    const Hdf5Handle type(H5Aget_type(attribute.id()), H5Tclose), space(H5Aget_space(attribute.id()), H5Sclose);
+    const Hdf5Handle type(H5Aget_type(attribute.id()), H5Tclose),
+        space(H5Aget_space(attribute.id()), H5Sclose);
     const H5T_class_t kind = H5Tget_class(type.id());
     const H5S_class_t extent = H5Sget_simple_extent_type(space.id());
     bool succeeded = true;

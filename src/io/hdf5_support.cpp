@@ -9,7 +9,8 @@ std::recursive_mutex& library_mutex() {
 }
 
 herr_t keep_first(unsigned, const H5E_error2_t* error, void* text) {
-  if (auto& first = *static_cast<std::string*>(text); first.empty() && error->desc != nullptr) first = error->desc;
+  if (auto& first = *static_cast<std::string*>(text); first.empty() && error->desc != nullptr)
+    first = error->desc;
   return 0;
 }
 
@@ -38,6 +39,8 @@ Hdf5Handle file_access() {
   return properties;
 }
 
-std::string object_path(const std::string& name) { return name.empty() ? "/" : name; }
+std::string object_path(const std::string& name) {
+  return name.empty() ? "/" : name;
+}
 
 }  // namespace isobath::io

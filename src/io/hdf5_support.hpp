@@ -10,8 +10,8 @@
 /// What Hdf5Writer and Hdf5Reader share: the rules of use of the C library.
 namespace isobath::io {
 
-/// Stands around every use of the library: one thread at a time (it may be built without thread safety), no clean-up at
-/// exit (which crashes after a full disk), its own error printing off and its error stack empty.
+/// Stands around every use of the library: one thread at a time (it may be built without thread safety), no
+/// clean-up at exit (which crashes after a full disk), its own error printing off and its error stack empty.
 class Hdf5Session {
  public:
   Hdf5Session();

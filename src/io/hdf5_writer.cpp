@@ -45,7 +45,8 @@ Hdf5Handle creation_properties(hid_t property_class) {
   return properties;
 }
 
-/// Fixed length, NUL-padded UTF-8: variable-length strings live in a heap whose unused bytes are not determined.
+/// Fixed length, NUL-padded UTF-8: variable-length strings live in a heap whose unused bytes are not
+/// determined.
 Hdf5Handle text_type(size_t length) {
   Hdf5Handle type(H5Tcopy(H5T_C_S1), H5Tclose);
   H5Tset_size(type.id(), std::max<size_t>(length, 1));
@@ -79,7 +80,8 @@ std::span<const std::byte> bytes_of(const at::Tensor& tensor) {
   return {static_cast<const std::byte*>(tensor.const_data_ptr()), tensor.nbytes()};
 }
 
-/// Digest of the bytes as they stand in the file; empty when the dtype differs. Memory: kPieceBytes, or one row.
+/// Digest of the bytes as they stand in the file; empty when the dtype differs. Memory: kPieceBytes, or one
+/// row.
 std::string digest_in_pieces(const Hdf5Reader& reader, const std::string& name, const Written& written) {
   Digest digest;
   const int64_t n_rows = written.shape.empty() ? 1 : written.shape[0];
@@ -134,7 +136,8 @@ struct Hdf5Writer::State {
 
   void write_attribute(hid_t object, const std::string& name, hid_t file_type, hid_t memory_type, hid_t space,
                        const void* value, const std::string& action) {
-    Hdf5Handle attribute(H5Acreate2(object, name.c_str(), file_type, space, H5P_DEFAULT, H5P_DEFAULT), H5Aclose);
+    Hdf5Handle attribute(H5Acreate2(object, name.c_str(), file_type, space, H5P_DEFAULT, H5P_DEFAULT),
+                         H5Aclose);
     require(attribute.valid() && H5Awrite(attribute.id(), memory_type, value) >= 0, action);
     require(attribute.close(), action);
   }
@@ -148,7 +151,8 @@ Hdf5Writer::Hdf5Writer(const fs::path& path) : state_(std::make_unique<State>())
   state.path = path;
   fs::path temporary = path;
   temporary += ".tmp";
-  // Shows a missing directory or permission in the system's words, and removes a leftover instead of following it.
+  // Shows a missing directory or permission in the system's words, and removes a leftover instead of
+  // following it.
   PosixFile::create(temporary).close();
   state.temporary = temporary;
   const Hdf5Handle creation = creation_properties(H5P_FILE_CREATE), access = file_access();
@@ -165,31 +169,35 @@ void Hdf5Writer::write(const std::string& name, const at::Tensor& tensor) {
   State& state = *state_;
   state.require_usable();
   ISOBATH_CHECK(tensor.defined() && !name.empty(), "dataset '{}' of {}", name, state.path.string());
-  ISOBATH_CHECK(!state.datasets.contains(name), "dataset {} of {} is written twice", name, state.path.string());
+  ISOBATH_CHECK(!state.datasets.contains(name), "dataset {} of {} is written twice", name,
+                state.path.string());
   const StoredType type = stored_type(name, tensor.scalar_type());
   state.data_bytes += static_cast<int64_t>(tensor.nbytes());
 
   const at::Tensor plain = tensor.detach().cpu().contiguous();
   const std::vector<hsize_t> extents(plain.sizes().begin(), plain.sizes().end());
-  Hdf5Handle space(extents.empty() ? H5Screate(H5S_SCALAR)
-                                   : H5Screate_simple(static_cast<int>(extents.size()), extents.data(), nullptr),
+  Hdf5Handle space(extents.empty()
+                       ? H5Screate(H5S_SCALAR)
+                       : H5Screate_simple(static_cast<int>(extents.size()), extents.data(), nullptr),
                    H5Sclose);
   Hdf5Handle links(H5Pcreate(H5P_LINK_CREATE), H5Pclose);
   H5Pset_create_intermediate_group(links.id(), 1);
   Hdf5Handle creation = creation_properties(H5P_DATASET_CREATE);
   H5Pset_fill_time(creation.id(), H5D_FILL_TIME_NEVER);
   const std::string action = fmt::format("write dataset {} to", name);
-  Hdf5Handle dataset(H5Dcreate2(state.file.id(), name.c_str(), type.file_type, space.id(), links.id(), creation.id(),
-                                H5P_DEFAULT),
+  Hdf5Handle dataset(H5Dcreate2(state.file.id(), name.c_str(), type.file_type, space.id(), links.id(),
+                                creation.id(), H5P_DEFAULT),
                      H5Dclose);
   state.require(dataset.valid(), action);
   if (plain.numel() > 0) {
-    state.require(H5Dwrite(dataset.id(), type.memory_type, H5S_ALL, H5S_ALL, H5P_DEFAULT, plain.const_data_ptr()) >= 0,
-                  action);
+    state.require(
+        H5Dwrite(dataset.id(), type.memory_type, H5S_ALL, H5S_ALL, H5P_DEFAULT, plain.const_data_ptr()) >= 0,
+        action);
   }
   // Small datasets reach the disk here, not in H5Dwrite.
   state.require(dataset.close(), action);
-  state.datasets.emplace(name, Written{plain.scalar_type(), plain.sizes().vec(), Digest().update(bytes_of(plain)).hex()});
+  state.datasets.emplace(
+      name, Written{plain.scalar_type(), plain.sizes().vec(), Digest().update(bytes_of(plain)).hex()});
   if (tensor.scalar_type() == at::kBFloat16) attribute(name, "dtype", std::string("bfloat16"));
 }
 
@@ -197,7 +205,8 @@ void Hdf5Writer::attribute(const std::string& object, const std::string& name, c
   const Hdf5Session session;
   State& state = *state_;
   state.require_usable();
-  const std::string path = object_path(object), action = fmt::format("write attribute {} of {} to", name, path);
+  const std::string path = object_path(object),
+                    action = fmt::format("write attribute {} of {} to", name, path);
   Hdf5Handle target(H5Oopen(state.file.id(), path.c_str(), H5P_DEFAULT), H5Oclose);
   state.require(target.valid(), action);
   ISOBATH_CHECK(H5Aexists(target.id(), name.c_str()) == 0, "attribute {} of {} is written twice", name, path);

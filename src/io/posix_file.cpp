@@ -11,7 +11,9 @@
 namespace isobath::io {
 namespace {
 
-std::string system_text(int reason) { return std::generic_category().message(reason); }
+std::string system_text(int reason) {
+  return std::generic_category().message(reason);
+}
 
 }  // namespace
 
@@ -40,7 +42,8 @@ PosixFile PosixFile::open_for_reading(const fs::path& path) {
   const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (descriptor < 0) fail_io("open", path, errno);
   PosixFile file(path, descriptor);
-  if (!S_ISREG(file.status().st_mode)) fail<IoError>("cannot read {}: it is not a regular file", path.string());
+  if (!S_ISREG(file.status().st_mode))
+    fail<IoError>("cannot read {}: it is not a regular file", path.string());
   return file;
 }
 
@@ -86,7 +89,8 @@ void PosixFile::sync(int64_t needed_bytes) {
 }
 
 void PosixFile::close(int64_t needed_bytes) {
-  if (::close(std::exchange(descriptor_, -1)) != 0 && errno != EINTR) fail_io("close", path_, errno, needed_bytes);
+  if (::close(std::exchange(descriptor_, -1)) != 0 && errno != EINTR)
+    fail_io("close", path_, errno, needed_bytes);
 }
 
 TemporaryFile::TemporaryFile(fs::path path, fs::path temporary, int64_t needed_bytes)

@@ -11,15 +11,17 @@
 
 namespace isobath::io {
 
-/// Throws IoError "cannot <action> <path>: <system message>". When the disk, the quota or the file-size limit is what
-/// is exhausted, the message adds the bytes needed (where known, > 0) and the bytes free, and says what to do.
+/// Throws IoError "cannot <action> <path>: <system message>". When the disk, the quota or the file-size limit
+/// is what is exhausted, the message adds the bytes needed (where known, > 0) and the bytes free, and says
+/// what to do.
 [[noreturn]] void fail_io(std::string_view action, const std::filesystem::path& path, int reason,
                           int64_t needed_bytes = 0);
 
 /// The same hint for errors that come from a library: "; needs … bytes, … bytes are free …".
 [[nodiscard]] std::string space_hint(const std::filesystem::path& path, int64_t needed_bytes);
 
-/// A file descriptor whose transfers are complete or an error: short reads and writes and EINTR are handled here.
+/// A file descriptor whose transfers are complete or an error: short reads and writes and EINTR are handled
+/// here.
 class PosixFile {
  public:
   PosixFile() = default;

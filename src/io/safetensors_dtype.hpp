@@ -49,7 +49,8 @@ inline constexpr size_t kMaxDimensions = 64;
 /// The rule that a tensor name breaks, empty when it is fine.
 [[nodiscard]] std::string_view name_fault(std::string_view name);
 
-/// A name from a file, safe to print: quoted, control and non-ASCII characters escaped, cut at 100 characters.
+/// A name from a file, safe to print: quoted, control and non-ASCII characters escaped, cut at 100
+/// characters.
 [[nodiscard]] std::string printable(std::string_view name);
 
 }  // namespace isobath::io

@@ -17,7 +17,8 @@ constexpr int kMaxSkippedDepth = 32;
 constexpr size_t kMaxFields = 16;
 
 /// Receives the tokens of the header and accepts exactly one structure:
-///   {"__metadata__": {string: string}, name: {"dtype": string, "shape": [n…], "data_offsets": [begin, end], unknown: any}}
+///   {"__metadata__": {string: string}, name: {"dtype": string, "shape": [n…], "data_offsets": [begin, end],
+///   unknown: any}}
 class HeaderHandler final : public nlohmann::json_sax<json> {
  public:
   HeaderHandler(const std::string& file, SafetensorsHeader& header) : file_(file), header_(header) {}
@@ -29,7 +30,8 @@ class HeaderHandler final : public nlohmann::json_sax<json> {
   bool binary(json::binary_t&) override { return scalar(); }
   bool number_unsigned(uint64_t value) override {
     if (place_ != Place::numbers) return scalar();
-    if (value > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) reject("{} does not fit 63 bits", value);
+    if (value > static_cast<uint64_t>(std::numeric_limits<int64_t>::max()))
+      reject("{} does not fit 63 bits", value);
     if (field_ == "shape" && info_.shape.size() == kMaxDimensions)
       reject("it has more than {} dimensions", kMaxDimensions);
     if (field_ != "shape" && offsets_.size() == 2) reject("data_offsets has more than 2 numbers");
@@ -38,7 +40,8 @@ class HeaderHandler final : public nlohmann::json_sax<json> {
   }
   bool string(std::string& text) override {
     if (place_ == Place::metadata) {
-      if (!header_.metadata.emplace(field_, text).second) reject("duplicate metadata key {}", printable(field_));
+      if (!header_.metadata.emplace(field_, text).second)
+        reject("duplicate metadata key {}", printable(field_));
       return true;
     }
     if (place_ == Place::entry && field_ == "dtype") {
@@ -134,7 +137,8 @@ class HeaderHandler final : public nlohmann::json_sax<json> {
 
   void finish_entry() {
     for (const std::string_view field : {"dtype", "shape", "data_offsets"}) {
-      if (std::find(seen_.begin(), seen_.end(), field) == seen_.end()) reject("the field {} is missing", field);
+      if (std::find(seen_.begin(), seen_.end(), field) == seen_.end())
+        reject("the field {} is missing", field);
     }
     if (offsets_.size() != 2) reject("data_offsets has {} numbers, expected 2", offsets_.size());
     info_.begin = offsets_[0];
@@ -197,8 +201,8 @@ class HeaderHandler final : public nlohmann::json_sax<json> {
   std::vector<std::string> seen_;
 };
 
-/// Bytes of a dense tensor, or nothing when a product leaves 63 bits. Extents of 0 count as 1 in the check, because
-/// ATen multiplies the others into strides.
+/// Bytes of a dense tensor, or nothing when a product leaves 63 bits. Extents of 0 count as 1 in the check,
+/// because ATen multiplies the others into strides.
 bool checked_bytes(const TensorInfo& info, int64_t& bytes) {
   int64_t extent_product = static_cast<int64_t>(c10::elementSize(info.dtype));
   bool is_empty = false;
@@ -210,7 +214,8 @@ bool checked_bytes(const TensorInfo& info, int64_t& bytes) {
   return true;
 }
 
-void check_layout(const std::string& file, SafetensorsHeader& header, int64_t header_end, int64_t file_bytes) {
+void check_layout(const std::string& file, SafetensorsHeader& header, int64_t header_end,
+                  int64_t file_bytes) {
   std::vector<std::pair<const std::string, TensorInfo>*> ordered;
   ordered.reserve(header.tensors.size());
   for (auto& entry : header.tensors) ordered.push_back(&entry);
@@ -225,19 +230,21 @@ void check_layout(const std::string& file, SafetensorsHeader& header, int64_t he
     if (info.end < info.begin)
       fail<DataError>("{}: tensor {}: data_offsets are reversed: [{}, {}]", file, name, info.begin, info.end);
     if (info.begin != expected) {
-      fail<DataError>("{}: tensor {}: its data begins at offset {}, expected {}: {}", file, name, info.begin, expected,
-                      info.begin > expected ? "there is a hole in the data" : "tensors overlap");
+      fail<DataError>("{}: tensor {}: its data begins at offset {}, expected {}: {}", file, name, info.begin,
+                      expected, info.begin > expected ? "there is a hole in the data" : "tensors overlap");
     }
     int64_t bytes = 0;
     if (!checked_bytes(info, bytes))
-      fail<DataError>("{}: tensor {}: the product of its shape [{}] overflows", file, name, fmt::join(info.shape, ", "));
+      fail<DataError>("{}: tensor {}: the product of its shape [{}] overflows", file, name,
+                      fmt::join(info.shape, ", "));
     if (bytes != info.end - info.begin) {
       fail<DataError>("{}: tensor {}: {} of shape [{}] needs {} bytes, data_offsets give {}", file, name,
                       c10::toString(info.dtype), fmt::join(info.shape, ", "), bytes, info.end - info.begin);
     }
     if (info.end > data_bytes) {
-      fail<DataError>("{}: tensor {}: the file is truncated: its data ends at offset {}, the file holds {} bytes of data",
-                      file, name, info.end, data_bytes);
+      fail<DataError>(
+          "{}: tensor {}: the file is truncated: its data ends at offset {}, the file holds {} bytes of data",
+          file, name, info.end, data_bytes);
     }
     expected = info.end;
     info.begin += header_end;
@@ -270,7 +277,8 @@ std::string printable(std::string_view name) {
   return name.size() > kMaxPrinted ? text + "…" : text;
 }
 
-SafetensorsHeader parse_safetensors_header(const std::string& file, std::string_view text, int64_t file_bytes) {
+SafetensorsHeader parse_safetensors_header(const std::string& file, std::string_view text,
+                                           int64_t file_bytes) {
   if (text.empty() || text.front() != '{') fail<DataError>("{}: the header does not begin with '{{'", file);
   // nlohmann's lexer takes a NUL byte for the end of the text and would ignore what follows.
   if (text.find('\0') != std::string_view::npos) {

@@ -24,7 +24,8 @@ size_t rank_of(const std::string& name, at::ScalarType dtype) {
   for (size_t i = 0; i < kSafetensorsDtypes.size(); ++i) {
     if (kSafetensorsDtypes[i].dtype == dtype) return i;
   }
-  contract_violated("dtype has a safetensors name", fmt::format("tensor {} of dtype {}", name, c10::toString(dtype)));
+  contract_violated("dtype has a safetensors name",
+                    fmt::format("tensor {} of dtype {}", name, c10::toString(dtype)));
 }
 
 std::vector<const NamedTensors::value_type*> in_file_order(const NamedTensors& tensors) {
@@ -32,8 +33,8 @@ std::vector<const NamedTensors::value_type*> in_file_order(const NamedTensors& t
   std::set<std::string_view> names;
   for (const auto& entry : tensors) {
     const std::string_view fault = name_fault(entry.first);
-    ISOBATH_CHECK(fault.empty() && entry.first != kMetadataKey, "the tensor name {} {}", printable(entry.first),
-                  fault.empty() ? "is reserved" : fault);
+    ISOBATH_CHECK(fault.empty() && entry.first != kMetadataKey, "the tensor name {} {}",
+                  printable(entry.first), fault.empty() ? "is reserved" : fault);
     ISOBATH_CHECK(names.insert(entry.first).second, "two tensors are named {}", entry.first);
     ISOBATH_CHECK(entry.second.defined(), "tensor {} is undefined", entry.first);
     ordered.push_back(&entry);
@@ -55,8 +56,8 @@ std::string compose_header(const std::vector<const NamedTensors::value_type*>& o
   for (const auto* entry : ordered) {
     const at::Tensor& tensor = entry->second;
     const int64_t end = offset + static_cast<int64_t>(tensor.nbytes());
-    text += fmt::format("{}{}:{{\"dtype\":\"{}\",\"shape\":[{}],\"data_offsets\":[{},{}]}}", text.size() > 1 ? "," : "",
-                        json(entry->first).dump(),
+    text += fmt::format("{}{}:{{\"dtype\":\"{}\",\"shape\":[{}],\"data_offsets\":[{},{}]}}",
+                        text.size() > 1 ? "," : "", json(entry->first).dump(),
                         kSafetensorsDtypes[rank_of(entry->first, tensor.scalar_type())].name,
                         fmt::join(tensor.sizes(), ","), offset, end);
     offset = end;
@@ -74,8 +75,8 @@ void write_safetensors(const std::filesystem::path& path, const NamedTensors& te
   const std::string header = compose_header(ordered, metadata);
   ISOBATH_CHECK(header.size() <= static_cast<size_t>(kMaxHeaderBytes) &&
                     ordered.size() <= static_cast<size_t>(kMaxTensors),
-                "{} tensors with a header of {} bytes do not fit one safetensors file; use more shards", ordered.size(),
-                header.size());
+                "{} tensors with a header of {} bytes do not fit one safetensors file; use more shards",
+                ordered.size(), header.size());
   const uint64_t length = header.size();
   int64_t file_bytes = static_cast<int64_t>(sizeof length + header.size());
   for (const auto* entry : ordered) file_bytes += static_cast<int64_t>(entry->second.nbytes());

@@ -19,11 +19,13 @@ constexpr int kMaxIndexDepth = 8;
 constexpr const char* kSingleFile = "model.safetensors";
 constexpr const char* kIndexFile = "model.safetensors.index.json";
 
-/// JSON as json::parse reads it, but duplicate keys (of which it would keep the last) and deep nesting are refused.
+/// JSON as json::parse reads it, but duplicate keys (of which it would keep the last) and deep nesting are
+/// refused.
 json parse_strictly(const std::string& text, const std::string& file) {
   std::vector<std::set<std::string>> keys;
   const auto watch = [&](int depth, json::parse_event_t event, json& value) {
-    if (depth > kMaxIndexDepth) fail<DataError>("{}: the JSON is nested more than {} deep", file, kMaxIndexDepth);
+    if (depth > kMaxIndexDepth)
+      fail<DataError>("{}: the JSON is nested more than {} deep", file, kMaxIndexDepth);
     if (event == json::parse_event_t::object_start) keys.emplace_back();
     if (event == json::parse_event_t::object_end) keys.pop_back();
     if (event == json::parse_event_t::key && !keys.back().insert(value.get<std::string>()).second)
@@ -64,8 +66,9 @@ struct ShardedReader::State {
       if (const std::string_view fault = name_fault(name); !fault.empty())
         fail<DataError>("{}: the tensor name {} {}", file, printable(name), fault);
       if (!shard.is_string() || !is_plain_file_name(shard.get_ref<const std::string&>())) {
-        fail<DataError>("{}: tensor {}: its shard {} is not a plain file name", file, printable(name),
-                        printable(shard.is_string() ? shard.get_ref<const std::string&>() : shard.type_name()));
+        fail<DataError>(
+            "{}: tensor {}: its shard {} is not a plain file name", file, printable(name),
+            printable(shard.is_string() ? shard.get_ref<const std::string&>() : shard.type_name()));
       }
       shard_of.emplace(name, shard.get<std::string>());
     }
@@ -77,8 +80,8 @@ struct ShardedReader::State {
       try {
         shards.emplace(shard, SafetensorsReader(directory / shard));
       } catch (const Error& error) {
-        fail<DataError>("the shard {} of tensor {}, named by {}, cannot be used: {}", printable(shard), printable(name),
-                        index_file, error.what());
+        fail<DataError>("the shard {} of tensor {}, named by {}, cannot be used: {}", printable(shard),
+                        printable(name), index_file, error.what());
       }
     }
     for (const auto& [name, shard] : shard_of) {
@@ -86,7 +89,8 @@ struct ShardedReader::State {
         fail<DataError>("{}: tensor {} is not in its shard {}; is the shard of another version?", index_file,
                         printable(name), printable(shard));
     }
-    // transformers loads whole shards, so that a tensor the index does not place there would win or lose by chance.
+    // transformers loads whole shards, so that a tensor the index does not place there would win or lose by
+    // chance.
     for (const auto& [shard, reader] : shards) {
       for (const auto& [name, info] : reader.tensors()) {
         const auto place = shard_of.find(name);
@@ -94,8 +98,9 @@ struct ShardedReader::State {
           fail<DataError>("{}: tensor {} of shard {} is not in weight_map; rebuild the index", index_file,
                           printable(name), printable(shard));
         if (place->second != shard)
-          fail<DataError>("{}: tensor {} is in two shards, {} and {}; only {} is named", index_file, printable(name),
-                          printable(shard), printable(place->second), printable(place->second));
+          fail<DataError>("{}: tensor {} is in two shards, {} and {}; only {} is named", index_file,
+                          printable(name), printable(shard), printable(place->second),
+                          printable(place->second));
       }
     }
   }
@@ -103,8 +108,8 @@ struct ShardedReader::State {
   [[nodiscard]] const SafetensorsReader& reader_of(const std::string& name) const {
     const auto found = shard_of.find(name);
     if (found == shard_of.end())
-      fail<DataError>("the checkpoint {} holds no tensor {}; it has {} others", directory.string(), printable(name),
-                      shard_of.size());
+      fail<DataError>("the checkpoint {} holds no tensor {}; it has {} others", directory.string(),
+                      printable(name), shard_of.size());
     return shards.at(found->second);
   }
 };
@@ -118,7 +123,8 @@ ShardedReader::ShardedReader(const fs::path& directory) : state_(std::make_uniqu
     state_->read_weight_map(index);
     state_->open_shards(index.string());
   } else {
-    fail<DataError>("{} holds no checkpoint: expected {} or {} there", directory.string(), kSingleFile, kIndexFile);
+    fail<DataError>("{} holds no checkpoint: expected {} or {} there", directory.string(), kSingleFile,
+                    kIndexFile);
   }
 }
 
@@ -126,10 +132,18 @@ ShardedReader::~ShardedReader() = default;
 ShardedReader::ShardedReader(ShardedReader&&) noexcept = default;
 ShardedReader& ShardedReader::operator=(ShardedReader&&) noexcept = default;
 
-const fs::path& ShardedReader::directory() const { return state_->directory; }
-bool ShardedReader::contains(const std::string& name) const { return state_->shard_of.contains(name); }
-const TensorInfo& ShardedReader::info(const std::string& name) const { return state_->reader_of(name).info(name); }
-at::Tensor ShardedReader::read(const std::string& name) const { return state_->reader_of(name).read(name); }
+const fs::path& ShardedReader::directory() const {
+  return state_->directory;
+}
+bool ShardedReader::contains(const std::string& name) const {
+  return state_->shard_of.contains(name);
+}
+const TensorInfo& ShardedReader::info(const std::string& name) const {
+  return state_->reader_of(name).info(name);
+}
+at::Tensor ShardedReader::read(const std::string& name) const {
+  return state_->reader_of(name).read(name);
+}
 
 at::Tensor ShardedReader::read_rows(const std::string& name, int64_t begin, int64_t end) const {
   return state_->reader_of(name).read_rows(name, begin, end);

@@ -9,8 +9,9 @@ namespace isobath::io {
 
 inline constexpr int64_t kPieceBytes = int64_t{64} << 20;
 
-/// Hands the elements of a tensor, in C order, to `consume(std::span<const std::byte>)`. A dense CPU tensor goes whole;
-/// another is copied in pieces of at most kPieceBytes (or one row), so that writing needs no second copy of the data.
+/// Hands the elements of a tensor, in C order, to `consume(std::span<const std::byte>)`. A dense CPU tensor
+/// goes whole; another is copied in pieces of at most kPieceBytes (or one row), so that writing needs no
+/// second copy of the data.
 template <class Consume>
 void for_each_piece(const at::Tensor& tensor, Consume&& consume) {
   if (tensor.numel() == 0) return;

@@ -1,6 +1,10 @@
-// Verifies the newest generation of a store, then commits further ones until it is killed (kill_during_commit.py).
+// Verifies the newest generation of a store, then commits further ones until it is killed
+// (kill_during_commit.py).
 //
-// Prints "pid <rank> <pid>", "opened <step>" and "committed <step>"; a generation whose content is wrong ends it with 1.
+// Prints "pid <rank> <pid>" and "opened <step>", and adds each committed step to a file; what mpirun was
+// still to forward is lost when it is killed, a file's content is not. A generation whose content is wrong
+// ends the program with its exit code.
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <cstdio>
@@ -18,7 +22,9 @@ namespace fs = std::filesystem;
 constexpr int64_t kLargeElements = 1 << 16;
 
 /// Large enough that a kill also meets the writing of a dataset.
-at::Tensor large_of(int64_t step) { return at::full({kLargeElements}, static_cast<double>(step), at::kFloat); }
+at::Tensor large_of(int64_t step) {
+  return at::full({kLargeElements}, static_cast<double>(step), at::kFloat);
+}
 
 std::string wrong_content(const Generation& generation) {
   const int64_t step = generation.state().next_block;
@@ -31,7 +37,15 @@ std::string wrong_content(const Generation& generation) {
   return generation.contains("large0") ? "" : "no large tensor";
 }
 
-void loop(const fs::path& path, const comm::Communicator& comm) {
+void acknowledge(int file, int64_t step) {
+  const std::string line = std::to_string(step) + "\n";
+  if (::write(file, line.data(), line.size()) != static_cast<ssize_t>(line.size())) {
+    fail<IoError>("cannot acknowledge step {}", step);
+  }
+}
+
+void loop(const fs::path& path, const fs::path& acknowledgements, const comm::Communicator& comm) {
+  const int file = ::open(acknowledgements.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
   const auto mode = fs::exists(path / "run.json") ? RunDirectory::Mode::resume : RunDirectory::Mode::create;
   comm.barrier();
   const RunDirectory directory(path, mode, {{"model", "tiny"}}, comm);
@@ -49,7 +63,7 @@ void loop(const fs::path& path, const comm::Communicator& comm) {
     auto tensors = share_of(comm.rank(), comm.size(), step);
     tensors.emplace_back("large" + std::to_string(comm.rank()), large_of(step));
     store.commit(state_of(step), tensors, path, {output});
-    if (comm.rank() == 0) std::printf("committed %lld\n", static_cast<long long>(step));
+    if (comm.rank() == 0) acknowledge(file, step);
   }
 }
 
@@ -61,7 +75,7 @@ int main(int argc, char** argv) {
   isobath::comm::Runtime runtime(argc, argv);
   std::printf("pid %d %d\n", runtime.world().rank(), static_cast<int>(::getpid()));
   try {
-    isobath::checkpoint::test::loop(argv[1], runtime.world());
+    isobath::checkpoint::test::loop(argv[1], argv[2], runtime.world());
   } catch (const std::exception& error) {
     std::fprintf(stderr, "failed: %s\n", error.what());
     runtime.abort(isobath::exit_code_of(error));

@@ -25,9 +25,12 @@ struct Place {
   [[nodiscard]] GenerationStore open(const comm::Communicator& comm, int64_t keep = 2) const {
     return GenerationStore(store(), keep, kFingerprint, comm);
   }
+  /// Collective: other ranks return from a commit while rank 0 still removes old generations.
   [[nodiscard]] std::vector<std::string> names() const {
+    world().barrier();
     std::vector<std::string> found;
-    for (const auto& entry : fs::directory_iterator(store())) found.push_back(entry.path().filename().string());
+    for (const auto& entry : fs::directory_iterator(store()))
+      found.push_back(entry.path().filename().string());
     std::sort(found.begin(), found.end());
     return found;
   }
@@ -89,7 +92,8 @@ TEST(GenerationStore, NumbersGoOnInAResumedStoreAndOutputsAreVouchedForUntilTheE
   EXPECT_EQ(place.names(), (std::vector<std::string>{"gen-000003", "gen-000004"}));
   const auto latest = place.open(world()).open_latest(place.outputs());
   EXPECT_TRUE(latest && latest->number() == 4);
-  // The first step's output is vouched for by generation 4, although another process wrote it three generations ago.
+  // The first step's output is vouched for by generation 4, although another process wrote it three
+  // generations ago.
   on_root(world(), [&] { write_bytes(place.outputs() / output_name(1, world().size() - 1), "damaged"); });
   EXPECT_FALSE(place.open(world()).open_latest(place.outputs()).has_value());
 }
@@ -99,9 +103,9 @@ TEST(GenerationStore, KeepsAsManyGenerationsAsAsked) {
     const Place place(world());
     GenerationStore store = place.open(world(), keep);
     for (int64_t step = 1; step <= 5; ++step) commit_step(store, world(), place.outputs(), step);
-    world().barrier();
-    EXPECT_EQ(static_cast<int64_t>(place.names().size()), keep);
-    EXPECT_EQ(place.names().back(), "gen-000005");
+    const std::vector<std::string> names = place.names();
+    EXPECT_EQ(static_cast<int64_t>(names.size()), keep);
+    EXPECT_EQ(names.back(), "gen-000005");
   }
 }
 
@@ -129,14 +133,15 @@ TEST(GenerationStore, AnotherFingerprintIsRefusedByNameWithBothValues) {
     GenerationStore store = place.open(world());
     commit_step(store, world(), place.outputs(), 1);
   }
-  GenerationStore other(place.store(), 2, {{"quantization.bits", "4"}, {"model", "tiny"}, {"seed", "1"}}, world());
+  GenerationStore other(place.store(), 2, {{"quantization.bits", "4"}, {"model", "tiny"}, {"seed", "1"}},
+                        world());
 
-  const std::string message = expect_agreed_failure(world(), ExitCode::checkpoint, [&] {
-    static_cast<void>(other.open_latest(place.outputs()));
-  });
+  const std::string message = expect_agreed_failure(
+      world(), ExitCode::checkpoint, [&] { static_cast<void>(other.open_latest(place.outputs())); });
 
-  for (const char* part : {"quantization.bits: 3 in the run, 4 now", "quantization.group: 64 in the run, absent now",
-                           "seed: absent in the run, 1 now"}) {
+  for (const char* part :
+       {"quantization.bits: 3 in the run, 4 now", "quantization.group: 64 in the run, absent now",
+        "seed: absent in the run, 1 now"}) {
     EXPECT_NE(message.find(part), std::string::npos) << message;
   }
   EXPECT_EQ(message.find("model"), std::string::npos) << message;
@@ -158,13 +163,12 @@ TEST(GenerationStore, ADiskThatFillsOnOneRankFailsOnAllAndLeavesTheOldGeneration
   std::vector<std::pair<std::string, at::Tensor>> tensors;
   tensors.emplace_back("large" + std::to_string(world().rank()), at::ones({1 << 17}));
 
-  const std::string message = expect_agreed_failure(world(), ExitCode::io, [&] {
-    store.commit(state_of(2), tensors, place.outputs(), {});
-  });
+  const std::string message = expect_agreed_failure(
+      world(), ExitCode::io, [&] { store.commit(state_of(2), tensors, place.outputs(), {}); });
   if (is_last) setrlimit(RLIMIT_FSIZE, &before);
-  world().barrier();
 
-  EXPECT_NE(message.find("rank-000" + std::to_string(world().size() - 1) + ".h5"), std::string::npos) << message;
+  EXPECT_NE(message.find("rank-000" + std::to_string(world().size() - 1) + ".h5"), std::string::npos)
+      << message;
   EXPECT_EQ(place.names(), std::vector<std::string>{"gen-000001"});
   const auto opened = place.open(world()).open_latest(place.outputs());
   EXPECT_TRUE(opened.has_value());
@@ -190,7 +194,8 @@ TEST(GenerationStore, AFailureInAnyStepIsTheSameOnAllRanksAndLeavesTheOldGenerat
 
   // The next number is 3: its name is taken by something that cannot be renamed over.
   on_root(world(), [&] { fs::create_directories(place.store() / "gen-000003" / "inside"); });
-  expect_agreed_failure(world(), ExitCode::io, [&] { store.commit(state_of(2), share, place.outputs(), {}); });
+  expect_agreed_failure(world(), ExitCode::io,
+                        [&] { store.commit(state_of(2), share, place.outputs(), {}); });
   on_root(world(), [&] { fs::remove_all(place.store() / "gen-000003"); });
 
   if (world().size() > 1) {
@@ -203,7 +208,8 @@ TEST(GenerationStore, AFailureInAnyStepIsTheSameOnAllRanksAndLeavesTheOldGenerat
     fs::rename(place.store(), place.scratch.path() / "aside");
     write_bytes(place.store(), "a file");
   });
-  expect_agreed_failure(world(), ExitCode::io, [&] { store.commit(state_of(2), share, place.outputs(), {}); });
+  expect_agreed_failure(world(), ExitCode::io,
+                        [&] { store.commit(state_of(2), share, place.outputs(), {}); });
   on_root(world(), [&] {
     fs::remove(place.store());
     fs::rename(place.scratch.path() / "aside", place.store());

@@ -54,12 +54,12 @@ def main():
     print(f"seed {arguments.seed}", flush=True)
     chance = random.Random(arguments.seed)
     directory = tempfile.mkdtemp(prefix="isobath-kill-")
-    run = os.path.join(directory, "run")
+    run, acknowledgements = os.path.join(directory, "run"), os.path.join(directory, "committed")
     acknowledged, kills, in_commit, began = 0, 0, 0, time.monotonic()
     try:
         while time.monotonic() - began < arguments.seconds:
             process = subprocess.Popen(
-                [arguments.mpiexec, "--quiet", "-n", str(arguments.ranks), arguments.program, run],
+                [arguments.mpiexec, "--quiet", "-n", str(arguments.ranks), arguments.program, run, acknowledgements],
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             lines = lines_until(process, "opened", time.monotonic() + STARTUP_LIMIT_S)
             if not lines or not lines[-1].startswith("opened"):
@@ -75,12 +75,11 @@ def main():
             time.sleep(chance.uniform(0.0, 0.35))
             victims = pids + [process.pid]
             os.kill(chance.choice(victims), signal.SIGKILL)
-            for line in process.stdout:
-                if line.startswith("committed"):
-                    acknowledged = int(line.split()[1])
-            process.wait(timeout=STARTUP_LIMIT_S)
+            process.communicate(timeout=STARTUP_LIMIT_S)
             wait_until_gone(pids)
             kills += 1
+            with open(acknowledgements) as file:
+                acknowledged = max([acknowledged] + [int(line) for line in file])
         names = sorted(os.listdir(os.path.join(run, "checkpoint")))
         print(f"{kills} kills, {acknowledged} generations committed, {in_commit} times one more than was reported")
         print("left:", *names)

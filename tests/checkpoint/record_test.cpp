@@ -35,7 +35,8 @@ TEST(Record, EveryFlippedBitOfAManifestIsDetected) {
     for (int bit = 0; bit < 8; ++bit) {
       std::string damaged = text;
       damaged[position] = static_cast<char>(damaged[position] ^ (1 << bit));
-      EXPECT_THROW(static_cast<void>(Manifest::from_text(damaged, "test")), CheckpointError) << position << " " << bit;
+      EXPECT_THROW(static_cast<void>(Manifest::from_text(damaged, "test")), CheckpointError)
+          << position << " " << bit;
     }
   }
 }
@@ -54,14 +55,16 @@ TEST(Record, AManifestOfAnotherVersionNamesBothVersions) {
     FAIL() << "accepted";
   } catch (const CheckpointError& error) {
     EXPECT_NE(std::string(error.what()).find("m.json has format version 9, this isobath reads version 1"),
-              std::string::npos) << error.what();
+              std::string::npos)
+        << error.what();
   }
 }
 
 TEST(Record, FilesOutsideTheirDirectoryAreRefused) {
   for (const std::string name : {"", "/etc/passwd", "../x", "a/../../x"}) {
     EXPECT_THROW(static_cast<void>(FileRecord::from_json(Json{{"name", name}, {"bytes", 1}, {"xxh3", ""}})),
-                 CheckpointError) << name;
+                 CheckpointError)
+        << name;
   }
 }
 

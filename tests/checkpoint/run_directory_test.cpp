@@ -44,7 +44,8 @@ class RunDirectoryOnDisk : public ::testing::Test {
     });
   }
   static void expect_contains(const std::string& text, const std::vector<std::string>& parts) {
-    for (const std::string& part : parts) EXPECT_NE(text.find(part), std::string::npos) << part << " in: " << text;
+    for (const std::string& part : parts)
+      EXPECT_NE(text.find(part), std::string::npos) << part << " in: " << text;
   }
 
   Scratch scratch_{world()};
@@ -112,18 +113,19 @@ TEST_F(RunDirectoryOnDisk, ADirectoryInUseIsRefusedNamingTheHolder) {
   std::string host = world().host();
   world().broadcast(host, 0);
   for (const Mode mode : {Mode::create, Mode::resume}) {
-    expect_contains(refusal(mode, ExitCode::config), {"in use by process " + pid + " on " + host, "`output`", "lock"});
+    expect_contains(refusal(mode, ExitCode::config),
+                    {"in use by process " + pid + " on " + host, "`output`", "lock"});
   }
   world().barrier();
   EXPECT_TRUE(fs::exists(path() / "lock")) << "the refused run took the lock of the first away";
+  world().barrier();
 }
 
 TEST_F(RunDirectoryOnDisk, TheLockOfADeadHolderIsTakenOverWithAWarning) {
   static constexpr int64_t kAbovePidMax = int64_t{1} << 30;
-  const std::vector<std::function<void(Json&)>> deaths = {
-      [](Json& lock) { lock["pid"] = kAbovePidMax; },
-      [](Json& lock) { lock["pid_start"] = "1"; },
-      [](Json& lock) { lock["boot"] = "another"; }};
+  const std::vector<std::function<void(Json&)>> deaths = {[](Json& lock) { lock["pid"] = kAbovePidMax; },
+                                                          [](Json& lock) { lock["pid_start"] = "1"; },
+                                                          [](Json& lock) { lock["boot"] = "another"; }};
   for (const auto& death : deaths) {
     leave_lock(death);
     ::testing::internal::CaptureStderr();
@@ -172,8 +174,9 @@ TEST_F(RunDirectoryOnDisk, AnIncompleteLockIsRespectedWhileItIsYoung) {
 
 TEST_F(RunDirectoryOnDisk, AnotherConfigurationIsRefusedByNameWithBothValues) {
   { const RunDirectory directory = open(Mode::create); }
-  const std::string message = refusal(Mode::resume, ExitCode::checkpoint,
-                                      {{"quantization.bits", "4"}, {"calibration.seed", "0"}, {"extra", "x"}});
+  const std::string message =
+      refusal(Mode::resume, ExitCode::checkpoint,
+              {{"quantization.bits", "4"}, {"calibration.seed", "0"}, {"extra", "x"}});
   expect_contains(message, {"quantization.bits: 3 in the run, 4 now", "extra: absent in the run, x now"});
   EXPECT_EQ(message.find("calibration.seed"), std::string::npos) << message;
   world().barrier();
@@ -181,7 +184,8 @@ TEST_F(RunDirectoryOnDisk, AnotherConfigurationIsRefusedByNameWithBothValues) {
 }
 
 TEST_F(RunDirectoryOnDisk, NothingToResumeIsSaid) {
-  expect_contains(refusal(Mode::resume, ExitCode::config), {"no run to resume", path().string(), "without --resume"});
+  expect_contains(refusal(Mode::resume, ExitCode::config),
+                  {"no run to resume", path().string(), "without --resume"});
   EXPECT_FALSE(fs::exists(path()));
 }
 
@@ -201,12 +205,11 @@ TEST_F(RunDirectoryOnDisk, AFileInItsPlaceIsAnIoError) {
 
 TEST_F(RunDirectoryOnDisk, AParentThatCannotHoldItIsAnIoError) {
   // Works for root too, whom permissions do not stop.
-  expect_contains(expect_agreed_failure(world(), ExitCode::io,
-                                        [&] {
-                                          static_cast<void>(
-                                              RunDirectory("/proc/isobath-test/run", Mode::create, {}, world()));
-                                        }),
-                  {"/proc/isobath-test"});
+  expect_contains(
+      expect_agreed_failure(
+          world(), ExitCode::io,
+          [&] { static_cast<void>(RunDirectory("/proc/isobath-test/run", Mode::create, {}, world())); }),
+      {"/proc/isobath-test"});
 }
 
 TEST_F(RunDirectoryOnDisk, OfManyThatResumeAfterACrashOneGetsTheLock) {

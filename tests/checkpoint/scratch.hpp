@@ -6,10 +6,10 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
-#include <iterator>
 #include <isobath/checkpoint/generation_store.hpp>
 #include <isobath/comm/communicator.hpp>
 #include <isobath/core/error.hpp>
+#include <iterator>
 #include <map>
 #include <string>
 #include <utility>
@@ -57,16 +57,22 @@ void on_root(const comm::Communicator& comm, Change&& change) {
 
 constexpr int kTensors = 7;
 
-inline std::string tensor_name(int index) { return "block/" + std::to_string(index) + "/value"; }
+inline std::string tensor_name(int index) {
+  return "block/" + std::to_string(index) + "/value";
+}
 
 /// Content that depends on the step, so that a tensor of another generation is noticed.
 inline at::Tensor tensor_of(int index, int64_t step) {
-  return at::arange(12 + index, at::kFloat).mul(0.5).add(static_cast<double>(1000 * step + index)).reshape({-1, 1});
+  return at::arange(12 + index, at::kFloat)
+      .mul(0.5)
+      .add(static_cast<double>(1000 * step + index))
+      .reshape({-1, 1});
 }
 
 inline std::vector<std::pair<std::string, at::Tensor>> share_of(int rank, int n_ranks, int64_t step) {
   std::vector<std::pair<std::string, at::Tensor>> share;
-  for (int index = rank; index < kTensors; index += n_ranks) share.emplace_back(tensor_name(index), tensor_of(index, step));
+  for (int index = rank; index < kTensors; index += n_ranks)
+    share.emplace_back(tensor_name(index), tensor_of(index, step));
   return share;
 }
 
@@ -85,8 +91,8 @@ inline std::string output_name(int64_t step, int rank) {
 }
 
 /// One commit by the ranks of `comm`: their tensors and one output file each.
-inline void commit_step(GenerationStore& store, const comm::Communicator& comm, const std::filesystem::path& outputs,
-                        int64_t step) {
+inline void commit_step(GenerationStore& store, const comm::Communicator& comm,
+                        const std::filesystem::path& outputs, int64_t step) {
   const std::string name = output_name(step, comm.rank());
   write_bytes(outputs / name, "output " + name);
   store.commit(state_of(step), share_of(comm.rank(), comm.size(), step), outputs, {name});

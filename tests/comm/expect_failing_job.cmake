@@ -1,8 +1,12 @@
-# Runs PROGRAM under mpirun and expects EXIT_CODE within LIMIT_S seconds and PATTERN in its output.
-string(TIMESTAMP start_s "%s")
+# Runs PROGRAM under mpirun and expects EXIT_CODE, PATTERN in its output, and an end within LIMIT_S seconds of the time it
+# gives as "failure begins at <seconds since 1970>".
 execute_process(COMMAND ${MPIEXEC} --quiet -n ${N_RANKS} ${PROGRAM} ${ARGUMENT} TIMEOUT 45
                 RESULT_VARIABLE result OUTPUT_VARIABLE output ERROR_VARIABLE output)
 string(TIMESTAMP end_s "%s")
+if(NOT output MATCHES "failure begins at ([0-9]+)")
+  message(FATAL_ERROR "the job never came to its failure; exit code ${result}\n${output}")
+endif()
+set(start_s ${CMAKE_MATCH_1})
 math(EXPR duration_s "${end_s} - ${start_s}")
 message("exit code ${result} after ${duration_s} s\n${output}")
 if(NOT result STREQUAL EXIT_CODE)

@@ -1,6 +1,7 @@
 // Jobs that end badly on purpose, checked from outside by expect_failing_job.cmake.
 #include <chrono>
 #include <cstring>
+#include <ctime>
 #include <isobath/comm/runtime.hpp>
 #include <isobath/comm/watchdog.hpp>
 #include <isobath/core/log.hpp>
@@ -54,6 +55,10 @@ int run(int argc, char** argv) {
   const Communicator& world = runtime.world();
   isobath::log::configure(world.rank(), world.size(), isobath::log::Level::info);
   const char* job = argc > 1 ? argv[1] : "";
+  // The time limit of the test counts from here: starting the ranks takes long on a busy machine, and is not
+  // at issue.
+  world.barrier();
+  if (world.rank() == 0) isobath::log::info("failure begins at {}", std::time(nullptr));
   if (std::strcmp(job, "sleeping_rank") == 0) sleep_on_rank_1(world);
   if (std::strcmp(job, "abort") == 0) abort_on_rank_2(runtime);
   if (std::strcmp(job, "unwinding") == 0) throw_on_rank_1(world);

@@ -29,7 +29,8 @@ class TokenFile : public ::testing::Test {
   ~TokenFile() override { world().barrier(); }
 
   /// Written by rank 0 only.
-  fs::path safetensors(const io::NamedTensors& tensors, const std::map<std::string, std::string>& notes = {}) const {
+  fs::path safetensors(const io::NamedTensors& tensors,
+                       const std::map<std::string, std::string>& notes = {}) const {
     const fs::path path = folder_ / "tokens.safetensors";
     if (directory_) io::write_safetensors(path, tensors, notes);
     return path;
@@ -53,14 +54,18 @@ class TokenFile : public ::testing::Test {
 };
 
 void expect_contains(const std::string& message, std::initializer_list<const char*> parts) {
-  for (const char* part : parts) EXPECT_NE(message.find(part), std::string::npos) << part << " in: " << message;
+  for (const char* part : parts)
+    EXPECT_NE(message.find(part), std::string::npos) << part << " in: " << message;
 }
 
-at::Tensor some_tokens() { return at::arange(12, at::kInt).reshape({3, 4}); }
+at::Tensor some_tokens() {
+  return at::arange(12, at::kInt).reshape({3, 4});
+}
 
 TEST_F(TokenFile, EveryRankReceivesTheTokensOfASafetensorsFile) {
-  const fs::path path = safetensors({{"tokens", some_tokens()}, {"lengths", at::tensor({4, 2, 3}, at::kInt)}},
-                                    {{"tokenizer_sha256", "abc"}, {"bos_policy", "each"}, {"vocab_size", "100"}});
+  const fs::path path =
+      safetensors({{"tokens", some_tokens()}, {"lengths", at::tensor({4, 2, 3}, at::kInt)}},
+                  {{"tokenizer_sha256", "abc"}, {"bos_policy", "each"}, {"vocab_size", "100"}});
   const TokenSet set = open_tokens(path, {.vocab_size = kVocabulary, .tokenizer_sha256 = "abc"}, world());
   EXPECT_TRUE(at::equal(set.tokens, some_tokens()));
   EXPECT_TRUE(at::equal(set.lengths, at::tensor({4, 2, 3}, at::kInt)));
@@ -82,7 +87,8 @@ TEST_F(TokenFile, AnHdf5FileGivesTheSameSetAndDigest) {
     writer.commit();
   }
   const TokenSet set = open_tokens(path, {.vocab_size = kVocabulary}, world());
-  const TokenSet same = open_tokens(safetensors({{"tokens", some_tokens()}}), {.vocab_size = kVocabulary}, world());
+  const TokenSet same =
+      open_tokens(safetensors({{"tokens", some_tokens()}}), {.vocab_size = kVocabulary}, world());
   EXPECT_TRUE(at::equal(set.tokens, some_tokens()));
   EXPECT_EQ(set.digest, same.digest);
   EXPECT_EQ(set.tokenizer_sha256, "abc");
@@ -100,12 +106,14 @@ TEST_F(TokenFile, AFileOfH5pyIsRead) {
 }
 
 TEST_F(TokenFile, WithoutLengthsSequencesAreFull) {
-  const TokenSet set = open_tokens(safetensors({{"tokens", some_tokens()}}), {.vocab_size = kVocabulary}, world());
+  const TokenSet set =
+      open_tokens(safetensors({{"tokens", some_tokens()}}), {.vocab_size = kVocabulary}, world());
   EXPECT_TRUE(at::equal(set.lengths, at::full({3}, 4, at::kInt)));
 }
 
 TEST_F(TokenFile, FewerAndShorterSequencesAreCut) {
-  const fs::path path = safetensors({{"tokens", some_tokens()}, {"lengths", at::tensor({4, 2, 3}, at::kInt)}});
+  const fs::path path =
+      safetensors({{"tokens", some_tokens()}, {"lengths", at::tensor({4, 2, 3}, at::kInt)}});
   const TokenSet set = open_tokens(path, {.vocab_size = kVocabulary, .n_sequences = 2, .length = 3}, world());
   EXPECT_TRUE(at::equal(set.tokens, some_tokens().slice(0, 0, 2).slice(1, 0, 3)));
   EXPECT_TRUE(at::equal(set.lengths, at::tensor({3, 2}, at::kInt)));
@@ -121,13 +129,15 @@ TEST_F(TokenFile, TheFirstTokenOutsideTheVocabularyIsNamed) {
                   {"sequence 1", "position 2", "token 100", "[0, 100)", "128256"});
   tokens[1][2] = 99;
   expect_contains(refusal(safetensors({{"tokens", tokens}})), {"sequence 2", "position 0", "token -1"});
-  EXPECT_EQ(open_tokens(safetensors({{"tokens", tokens}}), {.vocab_size = 100, .n_sequences = 2}, world()).n_sequences(),
+  EXPECT_EQ(open_tokens(safetensors({{"tokens", tokens}}), {.vocab_size = 100, .n_sequences = 2}, world())
+                .n_sequences(),
             2);
 }
 
 TEST_F(TokenFile, WrongTypesAndShapesAreRefused) {
   expect_contains(refusal(safetensors({{"tokens", some_tokens().to(at::kLong)}})), {"Long", "int32"});
-  expect_contains(refusal(safetensors({{"tokens", some_tokens().flatten()}})), {"[12]", "[sequences, length]"});
+  expect_contains(refusal(safetensors({{"tokens", some_tokens().flatten()}})),
+                  {"[12]", "[sequences, length]"});
   expect_contains(refusal(safetensors({{"tokens", at::empty({0, 4}, at::kInt)}})), {"empty"});
   expect_contains(refusal(safetensors({{"tokens", at::empty({4, 0}, at::kInt)}})), {"empty"});
   expect_contains(refusal(safetensors({{"ids", some_tokens()}})), {"no tensor tokens"});
@@ -158,7 +168,8 @@ TEST_F(TokenFile, AnotherTokenizerIsRefusedWithBothDigests) {
 }
 
 TEST_F(TokenFile, AMissingMalformedOrForeignFileFailsOnEveryRank) {
-  expect_contains(refusal(folder_ / "absent.safetensors", {}, ExitCode::io), {"absent.safetensors", "No such file"});
+  expect_contains(refusal(folder_ / "absent.safetensors", {}, ExitCode::io),
+                  {"absent.safetensors", "No such file"});
   expect_contains(refusal(folder_ / "tokens.npy"), {".safetensors, .h5 or .hdf5"});
   if (directory_) test::write_bytes(folder_ / "bad.h5", "text");
   expect_contains(refusal(folder_ / "bad.h5"), {"not an HDF5 file"});

@@ -1,5 +1,5 @@
-// A full disk (a small tmpfs, where it may be mounted) and a file-size limit (ulimit -f): every writer must say so, keep
-// the old file, leave nothing behind, and let the process end normally.
+// A full disk (a small tmpfs, where it may be mounted) and a file-size limit (ulimit -f): every writer must
+// say so, keep the old file, leave nothing behind, and let the process end normally.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 #include <sys/mount.h>
@@ -100,9 +100,7 @@ TEST_P(FullDisk, StopsCopy) {
 }
 
 TEST_P(FullDisk, StopsTheSafetensorsWriter) {
-  expect_full([&] {
-    write_safetensors(directory_ / "out", {{"a", at::zeros({kTooLarge}, at::kByte)}}, {});
-  });
+  expect_full([&] { write_safetensors(directory_ / "out", {{"a", at::zeros({kTooLarge}, at::kByte)}}, {}); });
 }
 
 TEST_P(FullDisk, StopsTheHdf5WriterInOneLargeDataset) {
@@ -133,7 +131,8 @@ TEST_P(FullDisk, AFailedHdf5WriteIsRememberedAtCommit) {
 }
 
 TEST_P(FullDisk, SmallFilesStillFitAfterwards) {
-  EXPECT_THROW(write_safetensors(directory_ / "out", {{"a", at::zeros({kTooLarge}, at::kByte)}}, {}), IoError);
+  EXPECT_THROW(write_safetensors(directory_ / "out", {{"a", at::zeros({kTooLarge}, at::kByte)}}, {}),
+               IoError);
   Hdf5Writer writer(directory_ / "small.h5");
   writer.write("t", at::arange(10, at::kInt));
   writer.commit();

@@ -40,8 +40,9 @@ TEST(Files, ReadTextRefusesMoreThanTheLimit) {
 TEST(Files, ReadTextRefusesAPipeInsteadOfWaitingForIt) {
   const TemporaryDirectory directory;
   ASSERT_EQ(::mkfifo((directory / "pipe").c_str(), 0600), 0);
-  EXPECT_NE(message_of<IoError>([&] { static_cast<void>(read_text(directory / "pipe")); }).find("regular file"),
-            std::string::npos);
+  EXPECT_NE(
+      message_of<IoError>([&] { static_cast<void>(read_text(directory / "pipe")); }).find("regular file"),
+      std::string::npos);
 }
 
 TEST(Files, AMissingFileIsNamedWithTheReason) {

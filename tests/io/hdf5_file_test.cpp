@@ -115,7 +115,8 @@ TEST(Hdf5File, CommitNoticesBytesThatChangedOnTheDisk) {
   const at::Tensor marked = at::full({1000}, 0x51525354, at::kInt);
   Hdf5Writer writer(directory / "f.h5");
   writer.write("t", marked);
-  // A disk that loses a write: one byte changes behind the library's back. Closing the dataset has put it in the file.
+  // A disk that loses a write: one byte changes behind the library's back. Closing the dataset has put it in
+  // the file.
   std::string bytes = test::read_bytes(directory / "f.h5.tmp");
   const size_t at = bytes.find("TSRQTSRQ");
   ASSERT_NE(at, std::string::npos);
@@ -149,8 +150,9 @@ TEST(Hdf5File, ReadersReportWhatIsMissingOrForeign) {
             std::string::npos);
   EXPECT_NE(message_of<DataError>([&] { static_cast<void>(reader.read("a")); }).find("not a dataset"),
             std::string::npos);
-  EXPECT_NE(message_of<DataError>([&] { static_cast<void>(reader.attribute("a", "x")); }).find("no attribute x"),
-            std::string::npos);
+  EXPECT_NE(
+      message_of<DataError>([&] { static_cast<void>(reader.attribute("a", "x")); }).find("no attribute x"),
+      std::string::npos);
   EXPECT_THROW(Hdf5Reader(directory / "absent.h5"), IoError);
   test::write_bytes(directory / "text.h5", "not HDF5 at all");
   EXPECT_NE(message_of<DataError>([&] { Hdf5Reader(directory / "text.h5"); }).find("not an HDF5 file"),

@@ -1,12 +1,14 @@
-// What the Python checks drive:  io_probe judge < names   one line per safetensors file, "ok" or "reject <reason>"
-//                                io_probe write <folder>  sample.safetensors and sample.h5, compared in Python
+// What the Python checks drive:  io_probe judge < names   one line per safetensors file, "ok" or "reject
+// <reason>"
+//                                io_probe write <folder>  sample.safetensors and sample.h5, compared in
+//                                Python
 #include <ATen/ATen.h>
 
+#include <iostream>
 #include <isobath/core/error.hpp>
 #include <isobath/io/hdf5_file.hpp>
 #include <isobath/io/safetensors_reader.hpp>
 #include <isobath/io/safetensors_writer.hpp>
-#include <iostream>
 
 namespace {
 
@@ -42,7 +44,8 @@ void write(const std::filesystem::path& folder) {
   io::Hdf5Writer writer(folder / "sample.h5");
   for (const auto& [name, tensor] : tensors) {
     const at::ScalarType dtype = tensor.scalar_type();
-    if (dtype != at::kHalf && dtype != at::kBool && c10::isFloat8Type(dtype) == false) writer.write("g/" + name, tensor);
+    if (dtype != at::kHalf && dtype != at::kBool && c10::isFloat8Type(dtype) == false)
+      writer.write("g/" + name, tensor);
   }
   writer.attribute("", "integer", int64_t{-5});
   writer.attribute("", "real", 0.5);

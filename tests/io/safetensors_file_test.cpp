@@ -18,8 +18,8 @@ using test::TemporaryDirectory;
 NamedTensors every_dtype() {
   NamedTensors tensors;
   for (const at::ScalarType dtype :
-       {at::kByte, at::kChar, at::kShort, at::kInt, at::kLong, at::kHalf, at::kBFloat16, at::kFloat, at::kDouble,
-        at::kFloat8_e4m3fn, at::kFloat8_e5m2, at::kUInt16, at::kUInt32, at::kUInt64}) {
+       {at::kByte, at::kChar, at::kShort, at::kInt, at::kLong, at::kHalf, at::kBFloat16, at::kFloat,
+        at::kDouble, at::kFloat8_e4m3fn, at::kFloat8_e5m2, at::kUInt16, at::kUInt32, at::kUInt64}) {
     const auto size = static_cast<int64_t>(c10::elementSize(dtype));
     const at::Tensor bytes = at::arange(3 * 2 * size, at::kByte).reshape({3, 2 * size});
     tensors.emplace_back(std::string("t.") + c10::toString(dtype), bytes.view(dtype));
@@ -41,7 +41,8 @@ TEST(SafetensorsFile, EveryDtypeReadsBackAsWritten) {
   const SafetensorsReader reader(directory / "f");
   ASSERT_EQ(reader.tensors().size(), tensors.size());
   for (const auto& [name, tensor] : tensors) EXPECT_TRUE(same_bytes(reader.read(name), tensor)) << name;
-  EXPECT_EQ(reader.metadata(), (std::map<std::string, std::string>{{"format", "pt"}, {"note", "a \"quoted\" ü"}}));
+  EXPECT_EQ(reader.metadata(),
+            (std::map<std::string, std::string>{{"format", "pt"}, {"note", "a \"quoted\" ü"}}));
   EXPECT_EQ(directory.names(), std::set<std::string>{"f"});
 }
 
@@ -69,8 +70,10 @@ TEST(SafetensorsFile, BytesDependOnContentOnly) {
 
 TEST(SafetensorsFile, HeaderIsLaidOutByDtypeThenNameAndPadded) {
   const TemporaryDirectory directory;
-  write_safetensors(directory / "f", {{"b", at::zeros({2}, at::kFloat)}, {"z", at::zeros({1}, at::kLong)},
-                                      {"a", at::zeros({1}, at::kFloat)}},
+  write_safetensors(directory / "f",
+                    {{"b", at::zeros({2}, at::kFloat)},
+                     {"z", at::zeros({1}, at::kLong)},
+                     {"a", at::zeros({1}, at::kFloat)}},
                     {{"format", "pt"}});
   const std::string header = R"({"__metadata__":{"format":"pt"},)"
                              R"("z":{"dtype":"I64","shape":[1],"data_offsets":[0,8]},)"
@@ -95,7 +98,8 @@ TEST(SafetensorsFile, RowsAreRead) {
 
 TEST(SafetensorsFile, TensorsAreAligned) {
   const TemporaryDirectory directory;
-  write_safetensors(directory / "f", {{"odd", at::zeros({3}, at::kByte)}, {"t", at::zeros({7}, at::kFloat)}}, {});
+  write_safetensors(directory / "f", {{"odd", at::zeros({3}, at::kByte)}, {"t", at::zeros({7}, at::kFloat)}},
+                    {});
   const SafetensorsReader reader(directory / "f");
   EXPECT_EQ(reinterpret_cast<uintptr_t>(reader.read("t").const_data_ptr()) % 64, 0u);
 }
@@ -128,13 +132,15 @@ TEST(SafetensorsFile, TheWriterRefusesWhatAReaderWouldRefuse) {
   EXPECT_THROW(write_safetensors(directory / "f", {{"", tensor}}, {}), InternalError);
   EXPECT_THROW(write_safetensors(directory / "f", {{"__metadata__", tensor}}, {}), InternalError);
   EXPECT_THROW(write_safetensors(directory / "f", {{"a\x1b", tensor}}, {}), InternalError);
-  EXPECT_THROW(write_safetensors(directory / "f", {{"c", at::zeros({1}, at::kComplexFloat)}}, {}), InternalError);
+  EXPECT_THROW(write_safetensors(directory / "f", {{"c", at::zeros({1}, at::kComplexFloat)}}, {}),
+               InternalError);
   EXPECT_TRUE(directory.names().empty());
 }
 
 TEST(SafetensorsFile, AMissingDirectoryIsAnIoError) {
-  EXPECT_NE(message_of<IoError>([] { write_safetensors("/nonexistent/f", {{"a", at::zeros({1})}}, {}); })
-                .find("/nonexistent"),
+  EXPECT_NE(message_of<IoError>([] {
+              write_safetensors("/nonexistent/f", {{"a", at::zeros({1})}}, {});
+            }).find("/nonexistent"),
             std::string::npos);
 }
 
@@ -147,7 +153,8 @@ class ShardedCheckpoint : public ::testing::Test {
  protected:
   ShardedCheckpoint() {
     write_safetensors(directory_ / "one.safetensors", {{"a", at::full({2}, 1.0F)}}, {});
-    write_safetensors(directory_ / "two.safetensors", {{"b", at::full({3}, 2.0F)}, {"c", at::zeros({1})}}, {});
+    write_safetensors(directory_ / "two.safetensors", {{"b", at::full({3}, 2.0F)}, {"c", at::zeros({1})}},
+                      {});
     index(R"({"weight_map":{"a":"one.safetensors","b":"two.safetensors","c":"two.safetensors"}})");
   }
   void index(const std::string& text) const {
@@ -165,7 +172,8 @@ class ShardedCheckpoint : public ::testing::Test {
   void expect_refused(const std::string& index_text, std::initializer_list<const char*> parts) const {
     index(index_text);
     const std::string message = open();
-    for (const char* part : parts) EXPECT_NE(message.find(part), std::string::npos) << part << " in: " << message;
+    for (const char* part : parts)
+      EXPECT_NE(message.find(part), std::string::npos) << part << " in: " << message;
   }
 
   TemporaryDirectory directory_;
@@ -184,7 +192,8 @@ TEST_F(ShardedCheckpoint, TensorsComeFromTheirShards) {
 
 TEST_F(ShardedCheckpoint, FingerprintChangesWithAHeaderAndNotWithTheIndexText) {
   const std::string before = ShardedReader(directory_.path()).fingerprint();
-  index(R"({"metadata":{"total_size":24},"weight_map":{"c":"two.safetensors","b":"two.safetensors","a":"one.safetensors"}})");
+  index(R"({"metadata":{"total_size":24},)"
+        R"("weight_map":{"c":"two.safetensors","b":"two.safetensors","a":"one.safetensors"}})");
   EXPECT_EQ(ShardedReader(directory_.path()).fingerprint(), before);
   write_safetensors(directory_ / "one.safetensors", {{"a", at::full({1, 2}, 1.0F)}}, {});
   EXPECT_NE(ShardedReader(directory_.path()).fingerprint(), before);
@@ -196,7 +205,8 @@ TEST_F(ShardedCheckpoint, ASingleFileNeedsNoIndex) {
 }
 
 TEST_F(ShardedCheckpoint, AMissingTruncatedOrMalformedShardIsNamedWithItsTensor) {
-  std::filesystem::resize_file(directory_ / "two.safetensors", std::filesystem::file_size(directory_ / "two.safetensors") - 1);
+  std::filesystem::resize_file(directory_ / "two.safetensors",
+                               std::filesystem::file_size(directory_ / "two.safetensors") - 1);
   EXPECT_NE(open().find("two.safetensors\" of tensor \"b\""), std::string::npos) << open();
   EXPECT_NE(open().find("truncated"), std::string::npos) << open();
   std::filesystem::remove(directory_ / "two.safetensors");
@@ -222,7 +232,8 @@ TEST_F(ShardedCheckpoint, AMaliciousIndexIsRefused) {
   expect_refused(R"({"weight_map":{"a":7}})", {"not a plain file name"});
   expect_refused(R"({"weight_map":{"a\u001b":"one.safetensors"}})", {"control character"});
   expect_refused(R"({"weight_map":{"a":"one.safetensors","a":"two.safetensors"}})", {"duplicate key \"a\""});
-  expect_refused(R"({"weight_map":{"a":"one.safetensors"},"weight_map":{}})", {"duplicate key \"weight_map\""});
+  expect_refused(R"({"weight_map":{"a":"one.safetensors"},"weight_map":{}})",
+                 {"duplicate key \"weight_map\""});
   expect_refused(R"({"weight_map":{}})", {"at least one tensor"});
   expect_refused(R"([])", {"expected an object weight_map"});
   expect_refused(R"({"weight_map":)", {"not valid UTF-8 JSON"});
@@ -232,7 +243,9 @@ TEST_F(ShardedCheckpoint, AMaliciousIndexIsRefused) {
 
 TEST(ShardedReader, AnEmptyDirectorySaysWhatIsExpected) {
   const TemporaryDirectory directory;
-  EXPECT_NE(message_of<DataError>([&] { ShardedReader reader(directory.path()); }).find("model.safetensors.index.json"),
+  EXPECT_NE(message_of<DataError>([&] {
+              ShardedReader reader(directory.path());
+            }).find("model.safetensors.index.json"),
             std::string::npos);
 }
 

@@ -29,7 +29,8 @@ class TemporaryDirectory {
   /// Names of what is in it.
   [[nodiscard]] std::set<std::string> names() const {
     std::set<std::string> names;
-    for (const auto& entry : std::filesystem::directory_iterator(path_)) names.insert(entry.path().filename().string());
+    for (const auto& entry : std::filesystem::directory_iterator(path_))
+      names.insert(entry.path().filename().string());
     return names;
   }
 

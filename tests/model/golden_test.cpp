@@ -69,7 +69,7 @@ TEST_P(TinyLlama, RotaryAnglesEqualTransformersBitForBit) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Variants, TinyLlama, testing::Values("a", "b"),
-                         [](const auto& info) { return info.param; });
+                         [](const auto& variant) { return variant.param; });
 
 }  // namespace
 }  // namespace isobath::model

@@ -133,12 +133,12 @@ TEST(ChannelStatistics, NamesChannelSequenceAndTokenOfANonFiniteValue) {
   const at::Tensor good_x = at::ones({2, 5, 4}), good_gradient = at::ones({2, 5, 3});
   at::Tensor bad = good_x.clone();
   bad[1][3][2] = kNan;
-  EXPECT_NE(message_of(bad, good_gradient).find("activation in channel 2 at sequence 21, token 3"),
+  EXPECT_NE(message_of(bad, good_gradient).find("activation nan in channel 2 at sequence 21, token 3"),
             std::string::npos)
       << message_of(bad, good_gradient);
   at::Tensor bad_gradient = good_gradient.clone();
   bad_gradient[1][0][1] = -std::numeric_limits<float>::infinity();
-  EXPECT_NE(message_of(good_x, bad_gradient).find("gradient in channel 1 at sequence 21, token 0"),
+  EXPECT_NE(message_of(good_x, bad_gradient).find("gradient -inf in channel 1 at sequence 21, token 0"),
             std::string::npos)
       << message_of(good_x, bad_gradient);
   at::Tensor huge = good_x.clone();

@@ -22,14 +22,18 @@ class FailureCollector : public ::testing::EmptyTestEventListener {
   [[nodiscard]] const std::string& text() const { return text_; }
 
  private:
+  void OnTestStart(const ::testing::TestInfo& test) override {
+    test_ = fmt::format("{}.{}", test.test_suite_name(), test.name());
+  }
+  void OnTestEnd(const ::testing::TestInfo&) override { test_ = kNoTest; }
+  // GoogleTest holds its lock here: asking UnitTest for the current test would wait for ever.
   void OnTestPartResult(const ::testing::TestPartResult& result) override {
     if (!result.failed()) return;
-    const ::testing::TestInfo* test = ::testing::UnitTest::GetInstance()->current_test_info();
-    text_ +=
-        fmt::format("{}.{} at {}:{}\n{}\n", test ? test->test_suite_name() : "(no suite)",
-                    test ? test->name() : "(outside a test)", result.file_name() ? result.file_name() : "?",
-                    result.line_number(), result.message());
+    text_ += fmt::format("{} at {}:{}\n{}\n", test_, result.file_name() ? result.file_name() : "?",
+                         result.line_number(), result.message());
   }
+  static constexpr const char* kNoTest = "(outside a test)";
+  std::string test_ = kNoTest;
   std::string text_;
 };
 

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 
 import numpy
@@ -90,7 +91,7 @@ def token_files(space):
                                     ("no-tokens", numpy.zeros((0, LENGTH)), ["token"])):
         path = write_tokens(space.path / f"{name}.safetensors", tokens=content)
         expect(space, name, 3, mentions, space.config(name, calibration={"tokens": str(path)}))
-    expect(space, "absent-tokens", 3, ["absent.safetensors"],
+    expect(space, "absent-tokens", 4, ["absent.safetensors"],
            space.config("absent-tokens", calibration={"tokens": str(space.path / "absent.safetensors")}))
 
 
@@ -98,8 +99,14 @@ def directories(space):
     config, output = space.config("taken"), space.path / "taken"
     first = Job(config, stages=2)
     assert first.wait_for(lambda: (output / "run.json").exists()), first.wait().stderr
+    # It stands still meanwhile, so that it is at work however long the second takes to start.
+    ranks = first.ranks()
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)
     second = run(config, stages=1)
-    assert first.running(), "the first run ended before the second was refused: no test of a directory in use"
+    for rank in ranks:
+        os.kill(rank, signal.SIGCONT)
+    assert len(ranks) == 2, "the first run ended before the second was started"
     assert second.code == 2 and len(second.errors()) == 1 and "in use" in second.stderr, second.stderr
     print(f"in use: {second.errors()[0]}", flush=True)
     assert first.wait().code == 0, first.stderr

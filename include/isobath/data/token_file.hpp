@@ -22,7 +22,7 @@ struct TokenSet {
 /// What the model asks of a token file.
 struct TokenRequirements {
   int64_t vocab_size = 0;
-  std::string tokenizer_sha256;  ///< of the model's tokenizer.json; empty: not compared
+  std::string tokenizer_sha256{};  ///< of the model's tokenizer.json; empty: not compared
   int64_t n_sequences = 0;       ///< first n sequences are taken; 0: all
   int64_t length = 0;            ///< first `length` tokens of each; 0: all. Longer rows are cut, shorter ones an error
 };
