@@ -94,9 +94,10 @@ std::string why_gone(const Json& holder, const Json& self) {
   if (holder.at("boot") != self.at("boot")) return "its host was restarted";
   if (holder.at("pid_namespace") != self.at("pid_namespace")) return {};
   const int64_t pid = holder.at("pid");
-  if (::kill(static_cast<pid_t>(pid), 0) != 0 && errno == ESRCH) return "that process has ended";
-  if (start_of_process(pid) != holder.at("pid_start"))
-    return "that process has ended and its id is used by another";
+  const std::string start = start_of_process(pid);
+  if (start.empty() || (::kill(static_cast<pid_t>(pid), 0) != 0 && errno == ESRCH))
+    return "that process has ended";
+  if (start != holder.at("pid_start")) return "that process has ended and its id is used by another";
   return {};
 }
 

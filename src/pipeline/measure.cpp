@@ -210,6 +210,7 @@ MeasureResult measure(const Session& session, const CalibrationSet& calibration,
       const auto begin = std::find_if(mine.begin(), mine.end(), [&](const auto& m) { return m.shard >= now.begin; });
       const auto end = std::find_if(mine.begin(), mine.end(), [&](const auto& m) { return m.shard >= now.end; });
       stage.run({begin, std::max(begin, end)}, nll, progress);
+      progress.note(fmt::format("{}: segment {}/{}", pass.title, segment + 1, n_segments));
       if (world.any(stop_requested()))
         fail<StopRequested>("stopped on request during {}; nothing of this stage is kept, --resume measures again", pass.title);
     }

@@ -85,10 +85,12 @@ class QuantizePass {
     if (generation) {
       state_ = generation->state();
       log::info("resuming quantize at block {} from generation {}", state_.next_block, generation->number());
-      session_.world().agree_on([&] {
-        for (const data::Microbatch& microbatch : mine_)
-          if (needs_hidden_) hidden_[microbatch.index] = generation->read(hidden_name(microbatch.index)).to(session_.device);
-      });
+      // The generation of the last block needs no hidden states, and holds none.
+      if (needs_hidden_ && state_.next_block < session_.model().n_blocks)
+        session_.world().agree_on([&] {
+          for (const data::Microbatch& microbatch : mine_)
+            hidden_[microbatch.index] = generation->read(hidden_name(microbatch.index)).to(session_.device);
+        });
       return;
     }
     session_.world().agree_on([&] {

@@ -50,7 +50,7 @@ std::string closing_table(const Session& session, const Closing& closing, const 
   }
   if (closing.quantized)
     table.add({"bits per weight, scales included", "16", fmt::format("{:.3f}", closing.quantized->bits_per_weight)});
-  std::string text = table.text();
+  std::string text = closing.evaluated || closing.quantized ? table.text() : std::string();
   if (closing.quantized)
     text += fmt::format("{} linears at {} bits, group {}, {}, {}{}; {} fallbacks\n", closing.quantized->n_modules, q.bits,
                         q.group == 0 ? "channel" : std::to_string(q.group), q.symmetric ? "symmetric" : "asymmetric", q.solver,
@@ -150,13 +150,15 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
   }
 
   // §8  what it cost: perplexity, KL, agreement                                          evaluation.json
-  if (contains(stages, Stage::evaluate) && !config.evaluation.tokens.empty() && !directory.is_complete("evaluate")) {
+  if (contains(stages, Stage::evaluate) && !directory.is_complete("evaluate")) {
     require_finished(directory, "quantize", world);
-    closing.evaluated = evaluate_model(session, weights, quantized, events);
-    world.agree_on([&] {
-      if (world.rank() == 0)
-        io::write_text_atomically(directory.path() / "evaluation.json", evaluation_json(*closing.evaluated, config.evaluation));
-    });
+    if (!config.evaluation.tokens.empty()) {
+      closing.evaluated = evaluate_model(session, weights, quantized, events);
+      world.agree_on([&] {
+        if (world.rank() == 0)
+          io::write_text_atomically(directory.path() / "evaluation.json", evaluation_json(*closing.evaluated, config.evaluation));
+      });
+    }
     directory.mark_complete("evaluate");
   }
 

@@ -135,6 +135,7 @@ TEST_F(RunDirectoryOnDisk, TheLockOfADeadHolderIsTakenOverWithAWarning) {
     expect_contains(text, {"warning", "taking over", path().string()});
     world().barrier();
     EXPECT_FALSE(fs::exists(path() / "lock"));
+    world().barrier();
   }
 }
 

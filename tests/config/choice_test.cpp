@@ -6,7 +6,8 @@ namespace isobath::config {
 namespace {
 
 TEST(ModuleChoice, WithoutOverridesAModuleTakesTheRunsBitsAndGroup) {
-  const ModuleChoice choice = choice_for(Quantization{}, "model.layers.0.mlp.up_proj");
+  const Quantization quantization;
+  const ModuleChoice choice = choice_for(quantization, "model.layers.0.mlp.up_proj");
 
   EXPECT_TRUE(choice.quantized);
   EXPECT_EQ(choice.bits, 3);

@@ -3,7 +3,8 @@ import os
 import signal
 import time
 
-from isobath_system import (END_AFTER_DEATH_S, Job, Workspace, assert_same_bytes, result_digests, run_well, seeded_random)
+from isobath_system import (BLOCKS, END_AFTER_DEATH_S, Job, Workspace, assert_same_bytes, result_digests, run_well,
+                            seeded_random)
 
 KILLS = 3
 # Of the duration of the undisturbed run, counted from the moment at which run.json exists.
@@ -13,11 +14,11 @@ VARIANTS = {"plain": (), "re-estimated": ("quantization.reestimate={policy: ever
 chance = seeded_random()
 
 
-def kill_once(config, output, duration, settings, resume):
-    """Starts the run and kills a rank; whether it was killed before it was done."""
+def kill_once(config, output, duration, settings, resume, landmark="run.json"):
+    """Starts the run and kills a rank at a random moment after the landmark; whether it was killed before it was done."""
     job = Job(config, stages=2, replicas=1, settings=settings, resume=resume)
-    job.wait_for(lambda: (output / "run.json").exists())
-    moment = chance.uniform(EARLIEST, LATEST) * duration
+    job.wait_for(lambda: (output / landmark).exists())
+    moment = chance.uniform(EARLIEST, LATEST) * duration if duration else 0
     time.sleep(moment)
     ranks = job.ranks()
     if not job.running() or not ranks:
@@ -60,6 +61,14 @@ for variant, settings in VARIANTS.items():
             run_well(config, stages=stages, replicas=replicas, settings=settings, resume=True)
             assert_same_bytes(expected, result_digests(output), f"{variant}, kill {killed}")
         assert killed == KILLS, f"only {killed} of {KILLS} kills met a running job"
+        # All blocks are done, the model is not: the generation that random moments rarely meet.
+        for attempt in range(KILLS):
+            name = f"last-{attempt}"
+            output, config = space.path / name, space.config(name)
+            if kill_once(config, output, 0, settings, resume=False, landmark=f"checkpoint/gen-{BLOCKS:06}"):
+                run_well(config, stages=2, settings=settings, resume=True)
+                assert_same_bytes(expected, result_digests(output), f"{variant}, killed after the last block")
+                break
         # Resuming what is finished changes nothing.
         run_well(undisturbed, stages=2, settings=settings, resume=True)
         assert_same_bytes(expected, result_digests(space.path / "undisturbed"), "resumed after the end")

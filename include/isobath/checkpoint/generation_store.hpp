@@ -17,6 +17,7 @@ namespace isobath::checkpoint {
 using Fingerprint = std::map<std::string, std::string>;
 
 /// A committed generation, readable by any number of ranks: tensors are found by name in whichever rank's file holds them.
+/// Files are opened at the first `read`: read what is needed before later commits remove the generation.
 class Generation {
  public:
   [[nodiscard]] int64_t number() const;
@@ -35,6 +36,7 @@ class Generation {
 /// `keep` generations stay; an older one is deleted only after the newer was verified.
 class GenerationStore {
  public:
+  /// Collective over `comm`, which must outlive this object.
   GenerationStore(std::filesystem::path directory, int64_t keep, Fingerprint fingerprint, const comm::Communicator& comm);
 
   /// Collective. `tensors`: this rank's share, names unique over all ranks. `outputs`: files outside the generation that it vouches for

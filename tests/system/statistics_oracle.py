@@ -1,0 +1,35 @@
+"""What `isobath measure` leaves, against an f64 recomputation by transformers autograd: D, sums, α of both equations, H."""
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import numpy
+from isobath_system import ENVIRONMENT, binary, write_safetensors
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SEQUENCES, LENGTH, VOCAB = 6, 40, 256
+
+for model in ("tiny_llama_a", "tiny_llama_b"):
+    with tempfile.TemporaryDirectory(prefix="isobath-oracle-") as folder:
+        folder = pathlib.Path(folder)
+        generator = numpy.random.default_rng(5)
+        # One padded sequence: padding must count nowhere.
+        write_safetensors(folder / "tokens.safetensors",
+                          {"tokens": (generator.integers(0, VOCAB, (SEQUENCES, LENGTH)), "I32"),
+                           "lengths": (numpy.array([LENGTH, LENGTH, 31, LENGTH, LENGTH, LENGTH]), "I32")},
+                          {"format": "pt", "vocab_size": str(VOCAB)})
+        (folder / "run.yaml").write_text(f"""
+model: {ROOT}/tests/data/{model}
+output: {folder}/run
+compute_dtype: float32
+ranks: {{stages: 2, replicas: 2, threads: 1, device: cpu}}
+calibration: {{tokens: {folder}/tokens.safetensors, sequences: {SEQUENCES}, length: {LENGTH}, logical_shards: 4, microbatch: 2}}
+sensitivity: {{per_sequence: exact, row_groups: 2, covariance: true}}
+quantization: {{group: 32}}
+""")
+        subprocess.run(["mpirun", "--quiet", "-n", "4", binary(), "measure", str(folder / "run.yaml")], check=True,
+                       env=ENVIRONMENT, timeout=120)
+        subprocess.run([sys.executable, str(ROOT / "tools/python/compare_statistics.py"), str(ROOT / "tests/data" / model),
+                        str(folder / "tokens.safetensors"), str(folder / "run/measure"), "--sequences", str(SEQUENCES),
+                        "--length", str(LENGTH)], check=True, timeout=120)
