@@ -48,7 +48,9 @@ struct Digest::State {
   ~State() { XXH3_freeState(hash); }
 };
 
-Digest::Digest() : state_(std::make_unique<State>()) { XXH3_128bits_reset(state_->hash); }
+Digest::Digest() : state_(std::make_unique<State>()) {
+  XXH3_128bits_reset(state_->hash);
+}
 Digest::~Digest() = default;
 Digest::Digest(Digest&&) noexcept = default;
 Digest& Digest::operator=(Digest&&) noexcept = default;

@@ -40,6 +40,8 @@ std::string describe(const std::exception& error) {
   return text;
 }
 
-ExitCode exit_code_of(const std::exception& error) { return innermost_code(error).value_or(ExitCode::internal); }
+ExitCode exit_code_of(const std::exception& error) {
+  return innermost_code(error).value_or(ExitCode::internal);
+}
 
 }  // namespace isobath

@@ -13,7 +13,8 @@ struct Printer {
   int rank = 0;
   bool status_stands = false;
   std::shared_ptr<spdlog::logger> logger = [] {
-    auto made = std::make_shared<spdlog::logger>("isobath", std::make_shared<spdlog::sinks::stderr_sink_mt>());
+    auto made =
+        std::make_shared<spdlog::logger>("isobath", std::make_shared<spdlog::sinks::stderr_sink_mt>());
     made->set_pattern("%H:%M:%S %v");
     made->flush_on(spdlog::level::trace);
     return made;
@@ -28,10 +29,14 @@ Printer& printer() {
 
 spdlog::level::level_enum to_spdlog(Level level) {
   switch (level) {
-    case Level::debug: return spdlog::level::debug;
-    case Level::info: return spdlog::level::info;
-    case Level::warning: return spdlog::level::warn;
-    case Level::error: return spdlog::level::err;
+    case Level::debug:
+      return spdlog::level::debug;
+    case Level::info:
+      return spdlog::level::info;
+    case Level::warning:
+      return spdlog::level::warn;
+    case Level::error:
+      return spdlog::level::err;
   }
   return spdlog::level::info;
 }
@@ -70,6 +75,8 @@ void end_status_line() {
   printer().status_stands = false;
 }
 
-bool is_terminal() { return isatty(STDERR_FILENO) != 0; }
+bool is_terminal() {
+  return isatty(STDERR_FILENO) != 0;
+}
 
 }  // namespace isobath::log

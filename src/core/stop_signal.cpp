@@ -7,7 +7,9 @@ namespace {
 
 volatile std::sig_atomic_t stop_flag = 0;
 
-void remember_stop(int) { stop_flag = 1; }
+void remember_stop(int) {
+  stop_flag = 1;
+}
 
 }  // namespace
 
@@ -22,6 +24,8 @@ void install_stop_signals() {
   std::signal(SIGPIPE, SIG_IGN);
 }
 
-bool stop_requested() { return stop_flag != 0; }
+bool stop_requested() {
+  return stop_flag != 0;
+}
 
 }  // namespace isobath

@@ -10,7 +10,8 @@ namespace {
 
 sensitivity::PerSequence per_sequence_of(const config::Sensitivity& sensitivity) {
   if (sensitivity.per_sequence == "exact") return sensitivity::PerSequence::exact;
-  return sensitivity.per_sequence == "probes" ? sensitivity::PerSequence::probes : sensitivity::PerSequence::off;
+  return sensitivity.per_sequence == "probes" ? sensitivity::PerSequence::probes
+                                              : sensitivity::PerSequence::off;
 }
 
 // Point-to-point tags of one block's reductions, apart from each other by more than the tree's depth.
@@ -25,8 +26,8 @@ BlockObserver::BlockObserver(const Session& session, const CalibrationSet& calib
   const std::vector<int> owners = calibration.shards.owners(n_replicas);
   const config::Sensitivity& sensitivity = session.config.sensitivity;
   for (Module& module : modules_) {
-    module.token_weights = at::zeros({local_sequences_.size(), calibration.tokens.length(), sensitivity.row_groups},
-                                     at::kFloat);
+    module.token_weights =
+        at::zeros({local_sequences_.size(), calibration.tokens.length(), sensitivity.row_groups}, at::kFloat);
     module.sums.emplace_back(owners, replica);
     module.maxima.emplace_back(owners, replica, comm::Reduce::max);
     if (sensitivity.covariance)
@@ -35,27 +36,31 @@ BlockObserver::BlockObserver(const Session& session, const CalibrationSet& calib
 }
 
 void BlockObserver::begin(const data::Microbatch& microbatch, int64_t sample) {
-  if (sample == 0 && microbatch.index != microbatch_.index) mask_ = calibration_.mask_of(microbatch.sequences);
+  if (sample == 0 && microbatch.index != microbatch_.index)
+    mask_ = calibration_.mask_of(microbatch.sequences);
   microbatch_ = microbatch;
   sample_ = sample;
 }
 
-at::Tensor BlockObserver::apply(model::Projection projection, const at::Tensor& x, const model::Linear& linear) {
-  return sensitivity::recording_linear(x, linear.weight, linear.bias,
-                                       [this, projection](const at::Tensor& input, const at::Tensor& gradient) {
-                                         observe(modules_[static_cast<size_t>(projection)], projection, input, gradient);
-                                       });
+at::Tensor BlockObserver::apply(model::Projection projection, const at::Tensor& x,
+                                const model::Linear& linear) {
+  return sensitivity::recording_linear(
+      x, linear.weight, linear.bias, [this, projection](const at::Tensor& input, const at::Tensor& gradient) {
+        observe(modules_[static_cast<size_t>(projection)], projection, input, gradient);
+      });
 }
 
 void BlockObserver::open_shard(Module& module, int64_t n_channels) {
   const config::Sensitivity& sensitivity = session_.config.sensitivity;
-  module.shard.emplace(n_channels, per_sequence_of(sensitivity), sensitivity.probes, session_.config.calibration.seed);
+  module.shard.emplace(n_channels, per_sequence_of(sensitivity), sensitivity.probes,
+                       session_.config.calibration.seed);
   module.shard_covariances.clear();
   for (size_t k = 0; k < module.covariances.size(); ++k)
     module.shard_covariances.emplace_back(n_channels, session_.device);
 }
 
-void BlockObserver::observe(Module& module, model::Projection projection, const at::Tensor& x, const at::Tensor& gradient) {
+void BlockObserver::observe(Module& module, model::Projection projection, const at::Tensor& x,
+                            const at::Tensor& gradient) {
   const config::Sensitivity& sensitivity = session_.config.sensitivity;
   if (!module.shard) open_shard(module, x.size(2));
   try {
@@ -66,7 +71,8 @@ void BlockObserver::observe(Module& module, model::Projection projection, const 
   const at::Tensor weights = sensitivity::token_weights(gradient, sensitivity.row_groups).cpu();
   // D of several Fisher samples is their mean.
   module.token_weights
-      .slice(0, microbatch_.sequences.begin - local_sequences_.begin, microbatch_.sequences.end - local_sequences_.begin)
+      .slice(0, microbatch_.sequences.begin - local_sequences_.begin,
+             microbatch_.sequences.end - local_sequences_.begin)
       .add_(weights, 1.0 / static_cast<double>(sensitivity.samples));
   if (sensitivity.covariance) module.input = x;
 }
@@ -74,11 +80,10 @@ void BlockObserver::observe(Module& module, model::Projection projection, const 
 void BlockObserver::finish_microbatch(bool is_last_of_shard) {
   for (Module& module : modules_) {
     for (size_t k = 0; k < module.shard_covariances.size(); ++k) {
-      const at::Tensor weights =
-          module.token_weights
-              .slice(0, microbatch_.sequences.begin - local_sequences_.begin,
-                     microbatch_.sequences.end - local_sequences_.begin)
-              .select(2, static_cast<int64_t>(k));
+      const at::Tensor weights = module.token_weights
+                                     .slice(0, microbatch_.sequences.begin - local_sequences_.begin,
+                                            microbatch_.sequences.end - local_sequences_.begin)
+                                     .select(2, static_cast<int64_t>(k));
       module.shard_covariances[k].add(module.input.flatten(0, 1), weights.flatten().to(session_.device));
     }
     module.input.reset();
@@ -102,7 +107,8 @@ BlockStatistics BlockObserver::reduce() {
     const at::Tensor sums = module.sums[0].reduce_to(0, replicas, 0);
     const at::Tensor maxima = module.maxima[0].reduce_to(0, replicas, kTagStride);
     std::vector<at::Tensor> covariances;
-    for (comm::TreeSum& tree : module.covariances) covariances.push_back(tree.reduce_to(0, replicas, 2 * kTagStride));
+    for (comm::TreeSum& tree : module.covariances)
+      covariances.push_back(tree.reduce_to(0, replicas, 2 * kTagStride));
     if (!is_root) {
       if (local_sequences_.size() > 0) replicas.send(module.token_weights, 0, 3 * kTagStride);
       continue;
@@ -111,7 +117,8 @@ BlockStatistics BlockObserver::reduce() {
     for (int r = 1; r < replicas.size(); ++r) {
       const Range sequences = calibration_.shards.sequences_of(r, replicas.size());
       if (sequences.size() == 0) continue;
-      at::Tensor part = at::empty({sequences.size(), calibration_.tokens.length(), sensitivity.row_groups}, at::kFloat);
+      at::Tensor part =
+          at::empty({sequences.size(), calibration_.tokens.length(), sensitivity.row_groups}, at::kFloat);
       replicas.receive(part, r, 3 * kTagStride);
       parts.push_back(std::move(part));
     }
@@ -122,7 +129,8 @@ BlockStatistics BlockObserver::reduce() {
     // Fisher samples are draws of the same expectation: sums over them become means.
     statistics.alpha_per_token = channels.alpha_per_token() / static_cast<double>(sensitivity.samples);
     if (sensitivity.per_sequence != "off")
-      statistics.alpha_per_sequence = channels.alpha_per_sequence() / static_cast<double>(sensitivity.samples);
+      statistics.alpha_per_sequence =
+          channels.alpha_per_sequence() / static_cast<double>(sensitivity.samples);
     if (!covariances.empty()) statistics.covariance = at::stack(covariances);
     statistics.n_tokens = channels.n_tokens();
     statistics.n_sequences = channels.n_sequences();

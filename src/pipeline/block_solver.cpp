@@ -11,7 +11,8 @@
 
 namespace isobath::pipeline {
 
-/// One H and the rows it serves: a row group of one module, or every row of all modules of the set when D = 1.
+/// One H and the rows it serves: a row group of one module, or every row of all modules of the set when D
+/// = 1.
 struct BlockSolver::Unit {
   struct Rows {
     size_t task;
@@ -20,16 +21,17 @@ struct BlockSolver::Unit {
   std::vector<Rows> serves;
   at::Tensor token_weights;  // [n, T] f32 robust and normalised to mean 1; undefined: D = 1
   double n_effective = 0;
-  int root = 0;              // rank that holds H and factorizes
-  at::Tensor h;              // [d, d] f32 on root
-  quant::Factor factor;      // replicated
+  int root = 0;          // rank that holds H and factorizes
+  at::Tensor h;          // [d, d] f32 on root
+  quant::Factor factor;  // replicated
   bool is_weighted = false;
   int64_t n_fallbacks = 0;
 };
 
 namespace {
 
-// [n, T] D of one row group: clipped, raised, and scaled to mean 1 so that objectives of different modules can be compared.
+// [n, T] D of one row group: clipped, raised, and scaled to mean 1 so that objectives of different modules
+// can be compared.
 at::Tensor robust_weights(const at::Tensor& raw, const config::Sensitivity& sensitivity) {
   const double threshold = sensitivity::clip_threshold(raw, sensitivity.clip_quantile);
   const at::Tensor robust = sensitivity::robust(raw, threshold, sensitivity.exponent);
@@ -43,7 +45,8 @@ BlockSolver::BlockSolver(const Session& session, const CalibrationSet& calibrati
     : session_(session), calibration_(calibration) {
   const config::Quantization& quantization = session.config.quantization;
   factor_spec_ = {.damping = quantization.damping,
-                  .act_order = quantization.act_order == "static" ? quant::ActOrder::static_groups : quant::ActOrder::none};
+                  .act_order = quantization.act_order == "static" ? quant::ActOrder::static_groups
+                                                                  : quant::ActOrder::none};
 }
 
 std::vector<BlockSolver::Unit> BlockSolver::make_units(const std::vector<SolveTask>& tasks,
@@ -73,7 +76,8 @@ std::vector<BlockSolver::Unit> BlockSolver::make_units(const std::vector<SolveTa
   return units;
 }
 
-void BlockSolver::accumulate(std::vector<Unit>& units, int64_t n_channels, const ForEachInput& for_each_input) const {
+void BlockSolver::accumulate(std::vector<Unit>& units, int64_t n_channels,
+                             const ForEachInput& for_each_input) const {
   const comm::Communicator& world = session_.world();
   const std::vector<int> owners = calibration_.shards.owners(world.size());
   std::vector<comm::TreeSum> trees;
@@ -99,7 +103,8 @@ void BlockSolver::accumulate(std::vector<Unit>& units, int64_t n_channels, const
     for (size_t u = 0; u < units.size(); ++u) {
       at::Tensor weights;
       if (units[u].token_weights.defined()) {
-        weights = units[u].token_weights.slice(0, microbatch.sequences.begin, microbatch.sequences.end).flatten();
+        weights =
+            units[u].token_weights.slice(0, microbatch.sequences.begin, microbatch.sequences.end).flatten();
       } else if (const at::Tensor mask = calibration_.mask_of(microbatch.sequences); mask.defined()) {
         weights = mask.flatten().to(at::kFloat);
       }
@@ -114,7 +119,8 @@ void BlockSolver::accumulate(std::vector<Unit>& units, int64_t n_channels, const
 }
 
 void BlockSolver::factorize(Unit& unit) const {
-  // H is positive semidefinite whatever D is; the trailing rank of few effective samples is what damping is for.
+  // H is positive semidefinite whatever D is; the trailing rank of few effective samples is what damping is
+  // for.
   const comm::Communicator& world = session_.world();
   const bool is_root = world.rank() == unit.root;
   std::array<int64_t, 3> counts{};
@@ -140,7 +146,8 @@ void BlockSolver::factorize(Unit& unit) const {
     unit.factor.dead = at::empty({d}, at::kBool);
     unit.factor.importance = at::empty({d}, at::kFloat);
   }
-  for (at::Tensor* part : {&unit.factor.upper, &unit.factor.order, &unit.factor.dead, &unit.factor.importance}) {
+  for (at::Tensor* part :
+       {&unit.factor.upper, &unit.factor.order, &unit.factor.dead, &unit.factor.importance}) {
     *part = part->contiguous();
     world.broadcast(*part, unit.root);
   }
@@ -155,8 +162,8 @@ void BlockSolver::solve_rows(const Unit& unit, const SolveTask& task, const at::
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
     const int64_t begin = tile * quant::kRowTile, end = std::min(n_rows, begin + quant::kRowTile);
     const at::Tensor w = weight.slice(0, begin, end).to(at::kCPU, at::kFloat).contiguous();
-    const quant::QuantizedMatrix part =
-        unit.factor.failed ? quant::round_to_nearest(w, {}, task.grid) : quant::gptq(w, unit.factor, task.grid);
+    const quant::QuantizedMatrix part = unit.factor.failed ? quant::round_to_nearest(w, {}, task.grid)
+                                                           : quant::gptq(w, unit.factor, task.grid);
     matrix.codes.slice(0, begin, end).copy_(part.codes);
     matrix.scale.slice(0, begin, end).copy_(part.scale);
     matrix.zero.slice(0, begin, end).copy_(part.zero);
@@ -179,7 +186,8 @@ void BlockSolver::score(const Unit& unit, const at::Tensor& weight, const quant:
   record.objective += objectives[1];
 }
 
-std::vector<Solved> BlockSolver::solve(int64_t block, const std::vector<SolveTask>& tasks, const model::BlockWeights& weights,
+std::vector<Solved> BlockSolver::solve(int64_t block, const std::vector<SolveTask>& tasks,
+                                       const model::BlockWeights& weights,
                                        const ForEachInput& for_each_input) const {
   const Timer timer;
   std::vector<Unit> units = make_units(tasks, weights);
@@ -187,7 +195,8 @@ std::vector<Solved> BlockSolver::solve(int64_t block, const std::vector<SolveTas
   accumulate(units, n_channels, for_each_input);
   for (Unit& unit : units) factorize(unit);
 
-  // A weighted H that no damping saved is replaced by the plain one; where that fails too, the rows are rounded.
+  // A weighted H that no damping saved is replaced by the plain one; where that fails too, the rows are
+  // rounded.
   std::vector<Unit*> failed;
   for (Unit& unit : units)
     if (unit.factor.failed && unit.is_weighted) failed.push_back(&unit);
@@ -234,18 +243,21 @@ std::vector<Solved> BlockSolver::solve(int64_t block, const std::vector<SolveTas
         result.matrix.zero.slice(0, served.rows.begin, served.rows.end).copy_(part.zero);
         record.damping = std::max(record.damping, unit.factor.damping);
         record.n_fallbacks += unit.n_fallbacks + (unit.factor.failed ? 1 : 0);
-        record.weighting = unit.factor.failed ? "round_to_nearest" : unit.is_weighted ? "sensitivity" : "none";
-        const double n_effective = unit.token_weights.defined() && unit.is_weighted
-                                       ? unit.n_effective
-                                       : static_cast<double>(calibration_.tokens.lengths.sum().item<int64_t>());
+        record.weighting = unit.factor.failed ? "round_to_nearest"
+                           : unit.is_weighted ? "sensitivity"
+                                              : "none";
+        const double n_effective =
+            unit.token_weights.defined() && unit.is_weighted
+                ? unit.n_effective
+                : static_cast<double>(calibration_.tokens.lengths.sum().item<int64_t>());
         record.effective_samples_per_channel =
             std::min(record.effective_samples_per_channel, n_effective / static_cast<double>(weight.size(1)));
       }
     }
     record.wall_s = timer.seconds();
     if (record.n_fallbacks > 0)
-      log::warning("{}: {} fallbacks; damping {:g}, weighting {}", record.module, record.n_fallbacks, record.damping,
-                   record.weighting);
+      log::warning("{}: {} fallbacks; damping {:g}, weighting {}", record.module, record.n_fallbacks,
+                   record.damping, record.weighting);
   }
   return solved;
 }

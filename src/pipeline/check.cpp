@@ -19,8 +19,9 @@ void require_quantizable(const config::RunConfig& config, const model::ModelConf
         const auto choice = config::choice_for(config.quantization, module);
         const model::ModuleShape shape = model::module_shape(model, projection);
         if (choice.quantized && choice.group > 0 && shape.columns % choice.group != 0)
-          problems += fmt::format("\n  {}: group {} does not divide its {} input channels; groups that do: {}", module,
-                                  choice.group, shape.columns, groups_that_divide(shape.columns));
+          problems +=
+              fmt::format("\n  {}: group {} does not divide its {} input channels; groups that do: {}",
+                          module, choice.group, shape.columns, groups_that_divide(shape.columns));
       }
     }
     if (!problems.empty()) break;  // every block has the same shapes: one block's list is enough
@@ -34,7 +35,8 @@ void require_quantizable(const config::RunConfig& config, const model::ModelConf
                                 config.sensitivity.row_groups, shape.rows, model::name_of(projection));
     }
   }
-  if (!problems.empty()) fail<ConfigError>("the configuration does not fit the model {}:{}", config.model, problems);
+  if (!problems.empty())
+    fail<ConfigError>("the configuration does not fit the model {}:{}", config.model, problems);
 }
 
 std::string groups_that_divide(int64_t columns) {
@@ -67,15 +69,19 @@ CheckResult check(const config::RunConfig& config, int n_ranks) {
         const auto choice = config::choice_for(config.quantization, model::module_name(block, projection));
         if (!choice.quantized) continue;
         n_quantized += n;
-        bits += n * quant::bits_per_weight(shape.columns, {.bits = choice.bits, .group = choice.group,
-                                                           .symmetric = config.quantization.symmetric, .storage = model.dtype});
+        bits += n * quant::bits_per_weight(shape.columns, {.bits = choice.bits,
+                                                           .group = choice.group,
+                                                           .symmetric = config.quantization.symmetric,
+                                                           .storage = model.dtype});
       }
     }
-    result.summary += fmt::format("model      {}: {}, {} blocks, d_model {}, {:.1f} M weights in linears\n", config.model,
-                                  model.architecture, model.n_blocks, model.d_model, n_parameters / 1e6);
+    result.summary +=
+        fmt::format("model      {}: {}, {} blocks, d_model {}, {:.1f} M weights in linears\n", config.model,
+                    model.architecture, model.n_blocks, model.d_model, n_parameters / 1e6);
     if (n_quantized > 0)
-      result.summary += fmt::format("output     {:.3f} bits per quantized weight, {:.1f} MB in quantized linears\n",
-                                    bits / n_quantized, bits / 8e6);
+      result.summary +=
+          fmt::format("output     {:.3f} bits per quantized weight, {:.1f} MB in quantized linears\n",
+                      bits / n_quantized, bits / 8e6);
     attempt([&] {
       const int stages = config.ranks.stages > 0 ? config.ranks.stages : n_ranks;
       if (config.ranks.stages > 0) {
@@ -85,16 +91,19 @@ CheckResult check(const config::RunConfig& config, int n_ranks) {
         result.summary += fmt::format("stages     {}:{}\n", stages, text);
       }
     });
-    const data::ShardPlan shards(config.calibration.sequences, config.calibration.logical_shards, config.calibration.microbatch);
-    result.summary += fmt::format("tokens     {} sequences of {} = {} in {} logical shards, {} microbatches\n",
-                                  config.calibration.sequences, config.calibration.length,
-                                  config.calibration.sequences * config.calibration.length, shards.n_shards(),
-                                  shards.microbatches().size());
+    const data::ShardPlan shards(config.calibration.sequences, config.calibration.logical_shards,
+                                 config.calibration.microbatch);
+    result.summary +=
+        fmt::format("tokens     {} sequences of {} = {} in {} logical shards, {} microbatches\n",
+                    config.calibration.sequences, config.calibration.length,
+                    config.calibration.sequences * config.calibration.length, shards.n_shards(),
+                    shards.microbatches().size());
   });
   for (const auto& [key, path] : {std::pair("calibration.tokens", config.calibration.tokens),
                                   std::pair("evaluation.tokens", config.evaluation.tokens)})
     if (!path.empty() && !std::filesystem::exists(path))
-      result.problems.push_back(fmt::format("{}: {} does not exist; tools/python/prepare_tokens.py makes token files", key, path));
+      result.problems.push_back(
+          fmt::format("{}: {} does not exist; tools/python/prepare_tokens.py makes token files", key, path));
   return result;
 }
 

@@ -20,7 +20,8 @@ namespace {
 // Rows of the per-token table that every window fills.
 enum MetricRow { kNllOriginal, kNllQuantized, kKl, kSameTop1, kMetricRows };
 
-at::Tensor through_stage(const Session& session, const model::Rotary& rotary, const StageWeights& weights, at::Tensor hidden) {
+at::Tensor through_stage(const Session& session, const model::Rotary& rotary, const StageWeights& weights,
+                         at::Tensor hidden) {
   for (const auto& [block, block_weights] : weights.blocks)
     hidden = model::block_forward(session.model(), rotary, block_weights, hidden,
                                   [](model::Projection, const at::Tensor& x, const model::Linear& linear) {
@@ -31,19 +32,20 @@ at::Tensor through_stage(const Session& session, const model::Rotary& rotary, co
 
 }  // namespace
 
-evaluate::Summary evaluate_model(const Session& session, const StageWeights& weights, const std::filesystem::path& quantized,
-                                 report::EventLog& events) {
+evaluate::Summary evaluate_model(const Session& session, const StageWeights& weights,
+                                 const std::filesystem::path& quantized, report::EventLog& events) {
   const Timer timer;
   const at::NoGradGuard no_grad;
   const config::Evaluation& options = session.config.evaluation;
   const comm::Communicator& world = session.world();
   const int stage = session.grid->stage(), n_stages = session.grid->shape().stages;
   comm::Watchdog::set_activity("evaluate");
-  const data::TokenSet tokens = data::open_tokens(
-      options.tokens,
-      {.vocab_size = session.model().vocab_size, .tokenizer_sha256 = tokenizer_digest(session.config.model),
-       .n_sequences = options.windows, .length = options.window},
-      world);
+  const data::TokenSet tokens = data::open_tokens(options.tokens,
+                                                  {.vocab_size = session.model().vocab_size,
+                                                   .tokenizer_sha256 = tokenizer_digest(session.config.model),
+                                                   .n_sequences = options.windows,
+                                                   .length = options.window},
+                                                  world);
   const int64_t n_windows = tokens.n_sequences(), n_predicted = tokens.length() - 1;
 
   // Each stage holds its blocks of both models.
@@ -54,12 +56,15 @@ evaluate::Summary evaluate_model(const Session& session, const StageWeights& wei
     world.agree_on([&] {
       const auto schemes = std::make_shared<const formats::compressed_tensors::SchemeTable>(quantized);
       reader = std::make_unique<model::CheckpointReader>(
-          quantized, [schemes](const io::ShardedReader& shards, const std::string& module) { return schemes->decode(shards, module); });
+          quantized, [schemes](const io::ShardedReader& shards, const std::string& module) {
+            return schemes->decode(shards, module);
+          });
       const model::ModelConfig &a = session.model(), &b = reader->config();
       if (a.vocab_size != b.vocab_size || a.n_blocks != b.n_blocks || a.d_model != b.d_model)
-        fail<DataError>("{} is not a version of {}: blocks {} and {}, d_model {} and {}, vocabulary {} and {}",
-                        quantized.string(), session.config.model, b.n_blocks, a.n_blocks, b.d_model, a.d_model, b.vocab_size,
-                        a.vocab_size);
+        fail<DataError>(
+            "{} is not a version of {}: blocks {} and {}, d_model {} and {}, vocabulary {} and {}",
+            quantized.string(), session.config.model, b.n_blocks, a.n_blocks, b.d_model, a.d_model,
+            b.vocab_size, a.vocab_size);
     });
     other = load_stage(session, *reader);
   }
@@ -72,8 +77,10 @@ evaluate::Summary evaluate_model(const Session& session, const StageWeights& wei
   const std::vector<int64_t> shape{n_models, 1, tokens.length(), session.model().d_model};
   at::Tensor metrics = at::zeros({n_windows, kMetricRows, n_predicted}, at::kFloat);
   {
-    Link link(session.grid->pipeline(), session.device, stage > 0 ? stage - 1 : -1, stage + 1 < n_stages ? stage + 1 : -1);
-    report::Progress progress("evaluate", mine.size(), "windows", tokens.length() * n_replicas, world.rank() == 0);
+    Link link(session.grid->pipeline(), session.device, stage > 0 ? stage - 1 : -1,
+              stage + 1 < n_stages ? stage + 1 : -1);
+    report::Progress progress("evaluate", mine.size(), "windows", tokens.length() * n_replicas,
+                              world.rank() == 0);
     if (stage > 0 && mine.size() > 0) link.expect(shape, tensor_options);
     for (int64_t window = mine.begin; window < mine.end; ++window) {
       const at::Tensor window_tokens = tokens.tokens.slice(0, window, window + 1).to(session.device);
@@ -106,7 +113,8 @@ evaluate::Summary evaluate_model(const Session& session, const StageWeights& wei
     }
     link.flush();
   }
-  if (world.any(stop_requested())) fail<StopRequested>("stopped on request during evaluate; --resume evaluates again");
+  if (world.any(stop_requested()))
+    fail<StopRequested>("stopped on request during evaluate; --resume evaluates again");
 
   // One rank filled each window; sums follow in window order.
   share_disjoint(metrics, world);
@@ -123,13 +131,17 @@ evaluate::Summary evaluate_model(const Session& session, const StageWeights& wei
     windows.push_back(std::move(one));
   }
   const evaluate::Summary summary = evaluate::summarise(windows);
-  events.write("evaluated", {{"seconds", timer.seconds()}, {"perplexity", summary.perplexity},
-                             {"perplexity_original", summary.perplexity_original}, {"kl_mean", summary.kl_mean}});
+  events.write("evaluated", {{"seconds", timer.seconds()},
+                             {"perplexity", summary.perplexity},
+                             {"perplexity_original", summary.perplexity_original},
+                             {"kl_mean", summary.kl_mean}});
   return summary;
 }
 
 std::string evaluation_json(const evaluate::Summary& summary, const config::Evaluation& options) {
-  nlohmann::json json{{"window", options.window}, {"windows", options.windows}, {"tokens", summary.n_tokens},
+  nlohmann::json json{{"window", options.window},
+                      {"windows", options.windows},
+                      {"tokens", summary.n_tokens},
                       {"perplexity_original", summary.perplexity_original}};
   if (summary.has_quantized) {
     json["perplexity"] = summary.perplexity;

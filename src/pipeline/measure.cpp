@@ -19,14 +19,16 @@
 namespace isobath::pipeline {
 namespace {
 
-// Between segments the pipeline drains and the ranks look for a stop request: long enough that the drain costs
-// (stages − 1) / (8 · stages) < 1/8 of a segment at the very most, short enough to stop within a scheduler's grace.
+// Between segments the pipeline drains and the ranks look for a stop request: long enough that the drain
+// costs (stages − 1) / (8 · stages) < 1/8 of a segment at the very most, short enough to stop within a
+// scheduler's grace.
 constexpr int64_t kMicrobatchesPerSegmentAndStage = 8;
 
 /// The blocks of one stage, driven by the steps of the schedule.
 class Stage {
  public:
-  Stage(const Session& session, const CalibrationSet& calibration, const StageWeights& weights, const MeasurePass& pass)
+  Stage(const Session& session, const CalibrationSet& calibration, const StageWeights& weights,
+        const MeasurePass& pass)
       : session_(session),
         calibration_(calibration),
         weights_(weights),
@@ -35,14 +37,17 @@ class Stage {
         blocks_{std::max(session.my_blocks().begin, pass.first_block), session.my_blocks().end},
         forward_(session.grid->pipeline(), session.device, is_entry() ? -1 : session.grid->stage() - 1,
                  session.is_last_stage() ? -1 : session.grid->stage() + 1),
-        backward_(session.grid->pipeline(), session.device, session.is_last_stage() ? -1 : session.grid->stage() + 1,
+        backward_(session.grid->pipeline(), session.device,
+                  session.is_last_stage() ? -1 : session.grid->stage() + 1,
                   is_entry() ? -1 : session.grid->stage() - 1),
         rotary_(model::Rotary::make(session.model(), calibration.tokens.length(), session.device)),
-        loss_{.kind = session.config.sensitivity.loss == "fisher" ? model::LossKind::fisher : model::LossKind::nll,
+        loss_{.kind = session.config.sensitivity.loss == "fisher" ? model::LossKind::fisher
+                                                                  : model::LossKind::nll,
               .n_samples = session.config.sensitivity.samples,
               .seed = session.config.calibration.seed} {
     if (takes_part())
-      for (int64_t block = blocks_.begin; block < blocks_.end; ++block) observers_.emplace_back(session, calibration, block);
+      for (int64_t block = blocks_.begin; block < blocks_.end; ++block)
+        observers_.emplace_back(session, calibration, block);
   }
 
   [[nodiscard]] bool takes_part() const { return session_.grid->stage() >= entry_stage_; }
@@ -50,11 +55,13 @@ class Stage {
   [[nodiscard]] Range blocks() const { return blocks_; }
   [[nodiscard]] std::vector<BlockObserver>& observers() { return observers_; }
 
-  /// Runs one segment of this replica's microbatches; nll receives each microbatch's loss by its global index (last stage).
+  /// Runs one segment of this replica's microbatches; nll receives each microbatch's loss by its global index
+  /// (last stage).
   void run(std::span<const data::Microbatch> microbatches, at::Tensor& nll, report::Progress& progress) {
     if (!takes_part() || microbatches.empty()) return;
     const auto n = static_cast<int64_t>(microbatches.size());
-    const int n_stages = session_.grid->shape().stages - entry_stage_, position = session_.grid->stage() - entry_stage_;
+    const int n_stages = session_.grid->shape().stages - entry_stage_,
+              position = session_.grid->stage() - entry_stage_;
     if (!is_entry()) expect_hidden(microbatches[0]);
     if (!session_.is_last_stage()) expect_gradient(microbatches[0]);
     for (const Step& step : one_forward_one_backward(n, position, n_stages)) {
@@ -67,7 +74,8 @@ class Stage {
         const bool closes_shard =
             !has_next || microbatches[static_cast<size_t>(step.microbatch + 1)].shard != microbatch.shard;
         backward(microbatch, closes_shard, nll);
-        if (has_next && !session_.is_last_stage()) expect_gradient(microbatches[static_cast<size_t>(step.microbatch + 1)]);
+        if (has_next && !session_.is_last_stage())
+          expect_gradient(microbatches[static_cast<size_t>(step.microbatch + 1)]);
         progress.advance();
       }
     }
@@ -76,11 +84,15 @@ class Stage {
   }
 
  private:
-  [[nodiscard]] at::TensorOptions options() const { return at::TensorOptions().dtype(session_.dtype).device(session_.device); }
+  [[nodiscard]] at::TensorOptions options() const {
+    return at::TensorOptions().dtype(session_.dtype).device(session_.device);
+  }
   [[nodiscard]] std::vector<int64_t> hidden_shape(const data::Microbatch& microbatch) const {
     return {microbatch.sequences.size(), calibration_.tokens.length(), session_.model().d_model};
   }
-  void expect_hidden(const data::Microbatch& microbatch) { forward_.expect(hidden_shape(microbatch), options()); }
+  void expect_hidden(const data::Microbatch& microbatch) {
+    forward_.expect(hidden_shape(microbatch), options());
+  }
   void expect_gradient(const data::Microbatch& microbatch) {
     std::vector<int64_t> shape = hidden_shape(microbatch);
     shape.insert(shape.begin(), loss_.n_samples);
@@ -90,9 +102,13 @@ class Stage {
   void forward(const data::Microbatch& microbatch) {
     const at::NoGradGuard no_grad;
     at::Tensor hidden;
-    if (!is_entry()) hidden = forward_.take();
-    else if (pass_.source) hidden = pass_.source(microbatch);
-    else hidden = model::embed(weights_.embedding, calibration_.tokens_of(microbatch.sequences).to(session_.device));
+    if (!is_entry())
+      hidden = forward_.take();
+    else if (pass_.source)
+      hidden = pass_.source(microbatch);
+    else
+      hidden =
+          model::embed(weights_.embedding, calibration_.tokens_of(microbatch.sequences).to(session_.device));
     // One input a block and microbatch is all that the backward pass needs.
     std::vector<at::Tensor>& inputs = in_flight_[microbatch.index];
     for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
@@ -102,8 +118,10 @@ class Stage {
                                       return model::apply_linear(x, linear);
                                     });
     }
-    if (session_.is_last_stage()) inputs.push_back(hidden);
-    else forward_.send(hidden);
+    if (session_.is_last_stage())
+      inputs.push_back(hidden);
+    else
+      forward_.send(hidden);
   }
 
   void backward(const data::Microbatch& microbatch, bool closes_shard, at::Tensor& nll) {
@@ -112,7 +130,8 @@ class Stage {
     at::Tensor gradient;  // [n_samples, b, T, d_model]
     if (session_.is_last_stage()) {
       model::LossResult loss = model::loss_and_gradient(
-          session_.model(), weights_.head, inputs.back(), calibration_.tokens_of(microbatch.sequences).to(session_.device),
+          session_.model(), weights_.head, inputs.back(),
+          calibration_.tokens_of(microbatch.sequences).to(session_.device),
           calibration_.lengths_of(microbatch.sequences), microbatch.sequences, loss_);
       nll[microbatch.index][0] = loss.nll_sum;
       nll[microbatch.index][1] = static_cast<double>(loss.n_predicted);
@@ -121,7 +140,8 @@ class Stage {
       gradient = backward_.take();
     }
     for (int64_t block = blocks_.end - 1; block >= blocks_.begin; --block)
-      gradient = backward_through(block, inputs[static_cast<size_t>(block - blocks_.begin)], gradient, microbatch, closes_shard);
+      gradient = backward_through(block, inputs[static_cast<size_t>(block - blocks_.begin)], gradient,
+                                  microbatch, closes_shard);
     if (!is_entry()) backward_.send(gradient);
   }
 
@@ -131,10 +151,11 @@ class Stage {
     const at::AutoGradMode with_grad(true);
     const at::Tensor x = input.detach().requires_grad_(true);
     observer.begin(microbatch, 0);
-    const at::Tensor y = model::block_forward(session_.model(), rotary_, weights_.blocks.at(block), x,
-                                              [&](model::Projection projection, const at::Tensor& in, const model::Linear& linear) {
-                                                return observer.apply(projection, in, linear);
-                                              });
+    const at::Tensor y = model::block_forward(
+        session_.model(), rotary_, weights_.blocks.at(block), x,
+        [&](model::Projection projection, const at::Tensor& in, const model::Linear& linear) {
+          return observer.apply(projection, in, linear);
+        });
     std::vector<at::Tensor> input_gradients;
     for (int64_t sample = 0; sample < loss_.n_samples; ++sample) {
       observer.begin(microbatch, sample);
@@ -196,23 +217,29 @@ MeasureResult measure(const Session& session, const CalibrationSet& calibration,
   const int64_t microbatches_per_shard = std::max<int64_t>(1, n_microbatches / shards.n_shards());
   const int64_t shards_per_segment =
       std::max<int64_t>(1, kMicrobatchesPerSegmentAndStage * shape.stages / microbatches_per_shard);
-  const int64_t n_segments = (shards.shards_of(0, shape.replicas).size() + shards_per_segment - 1) / shards_per_segment;
+  const int64_t n_segments =
+      (shards.shards_of(0, shape.replicas).size() + shards_per_segment - 1) / shards_per_segment;
   at::Tensor nll = at::zeros({n_microbatches, 2}, at::kDouble);  // sum and count of each microbatch
 
   {
-    report::Progress progress(pass.title, static_cast<int64_t>(mine.size()), "microbatches",
-                              session.config.calibration.microbatch * calibration.tokens.length() * shape.replicas,
-                              world.rank() == session.grid->world_rank(session.stage_of(pass.first_block), 0));
+    report::Progress progress(
+        pass.title, static_cast<int64_t>(mine.size()), "microbatches",
+        session.config.calibration.microbatch * calibration.tokens.length() * shape.replicas,
+        world.rank() == session.grid->world_rank(session.stage_of(pass.first_block), 0));
     const Range my_shards = shards.shards_of(session.grid->replica(), shape.replicas);
     for (int64_t segment = 0; segment < n_segments; ++segment) {
       const Range now{my_shards.begin + segment * shards_per_segment,
                       std::min(my_shards.end, my_shards.begin + (segment + 1) * shards_per_segment)};
-      const auto begin = std::find_if(mine.begin(), mine.end(), [&](const auto& m) { return m.shard >= now.begin; });
-      const auto end = std::find_if(mine.begin(), mine.end(), [&](const auto& m) { return m.shard >= now.end; });
+      const auto begin =
+          std::find_if(mine.begin(), mine.end(), [&](const auto& m) { return m.shard >= now.begin; });
+      const auto end =
+          std::find_if(mine.begin(), mine.end(), [&](const auto& m) { return m.shard >= now.end; });
       stage.run({begin, std::max(begin, end)}, nll, progress);
       progress.note(fmt::format("{}: segment {}/{}", pass.title, segment + 1, n_segments));
       if (world.any(stop_requested()))
-        fail<StopRequested>("stopped on request during {}; nothing of this stage is kept, --resume measures again", pass.title);
+        fail<StopRequested>(
+            "stopped on request during {}; nothing of this stage is kept, --resume measures again",
+            pass.title);
     }
   }
 
@@ -240,8 +267,11 @@ MeasureResult measure(const Session& session, const CalibrationSet& calibration,
     result.n_tokens += static_cast<int64_t>(nll[i][1].item<double>());
   }
   result.nll_per_token = sum / static_cast<double>(std::max<int64_t>(1, result.n_tokens));
-  events.write("measured", {{"title", pass.title}, {"first_block", pass.first_block}, {"seconds", result.wall_s},
-                            {"tokens", result.n_tokens}, {"nll_per_token", result.nll_per_token}});
+  events.write("measured", {{"title", pass.title},
+                            {"first_block", pass.first_block},
+                            {"seconds", result.wall_s},
+                            {"tokens", result.n_tokens},
+                            {"nll_per_token", result.nll_per_token}});
   return result;
 }
 

@@ -12,12 +12,13 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// Files that travel with a checkpoint: tokenizer, generation defaults, chat template, licence; never weights or other indices.
+// Files that travel with a checkpoint: tokenizer, generation defaults, chat template, licence; never weights
+// or other indices.
 bool travels_along(const fs::directory_entry& entry) {
   static const std::set<std::string> kExtensions{".json", ".model", ".txt", ".jinja", ".md", ".tiktoken"};
   const std::string name = entry.path().filename().string();
-  return entry.is_regular_file() && kExtensions.contains(entry.path().extension().string()) && name != "config.json" &&
-         !name.ends_with(".index.json");
+  return entry.is_regular_file() && kExtensions.contains(entry.path().extension().string()) &&
+         name != "config.json" && !name.ends_with(".index.json");
 }
 
 }  // namespace
@@ -32,7 +33,8 @@ std::string ModelOutput::shard_name(int64_t index) const {
 std::map<std::string, std::string> ModelOutput::provenance() const {
   std::string options;
   for (const auto& [key, value] : session_.config.flatten())
-    if (key.starts_with("sensitivity.") || key.starts_with("quantization.") || key.starts_with("calibration."))
+    if (key.starts_with("sensitivity.") || key.starts_with("quantization.") ||
+        key.starts_with("calibration."))
       options += fmt::format("{}={}\n", key, value);
   return {{"format", "pt"},
           {"isobath.version", kVersion},
@@ -54,7 +56,8 @@ std::vector<std::string> ModelOutput::write_outside_blocks() const {
   return written;
 }
 
-std::string ModelOutput::write_block(int64_t block, const std::map<model::Projection, quant::QuantizedMatrix>& matrices) const {
+std::string ModelOutput::write_block(
+    int64_t block, const std::map<model::Projection, quant::QuantizedMatrix>& matrices) const {
   io::NamedTensors tensors;
   for (const std::string& name : session_.source->other_tensors_of_block(block))
     tensors.emplace_back(name, session_.source->tensors().read(name));
@@ -62,7 +65,8 @@ std::string ModelOutput::write_block(int64_t block, const std::map<model::Projec
     const auto projection = static_cast<model::Projection>(p);
     const std::string module = model::module_name(block, projection);
     if (const auto found = matrices.find(projection); found != matrices.end()) {
-      for (auto& tensor : formats::compressed_tensors::encode(module, found->second)) tensors.push_back(std::move(tensor));
+      for (auto& tensor : formats::compressed_tensors::encode(module, found->second))
+        tensors.push_back(std::move(tensor));
     } else {
       tensors.emplace_back(module + ".weight", session_.source->tensors().read(module + ".weight"));
     }
@@ -72,7 +76,8 @@ std::string ModelOutput::write_block(int64_t block, const std::map<model::Projec
   return name;
 }
 
-void ModelOutput::finish(const std::map<std::string, quant::GridSpec>& modules, const std::vector<std::string>& ignored) const {
+void ModelOutput::finish(const std::map<std::string, quant::GridSpec>& modules,
+                         const std::vector<std::string>& ignored) const {
   session_.world().agree_on([&] {
     if (session_.world().rank() != 0) return;
     for (const auto& entry : fs::directory_iterator(session_.config.model))

@@ -11,9 +11,9 @@
 #include <isobath/core/timer.hpp>
 #include <isobath/formats/compressed_tensors.hpp>
 #include <isobath/io/files.hpp>
-#include <isobath/model/head.hpp>
 #include <isobath/pipeline/measure.hpp>
 #include <isobath/pipeline/model_output.hpp>
+#include <isobath/pipeline/prefix_activations.hpp>
 #include <isobath/report/progress.hpp>
 #include <nlohmann/json.hpp>
 
@@ -25,21 +25,28 @@ using model::Projection;
 
 constexpr int kHiddenTags = 16000;  // tags of Communicator are smaller than this
 
-std::string hidden_name(int64_t microbatch) { return fmt::format("hidden/{:08d}", microbatch); }
+std::string hidden_name(int64_t microbatch) {
+  return fmt::format("hidden/{:08d}", microbatch);
+}
 
 nlohmann::json to_json(const ModuleRecord& record) {
-  return {{"module", record.module}, {"bits", record.bits}, {"group", record.group}, {"weighting", record.weighting},
-          {"damping", record.damping}, {"fallbacks", record.n_fallbacks},
+  return {{"module", record.module},
+          {"bits", record.bits},
+          {"group", record.group},
+          {"weighting", record.weighting},
+          {"damping", record.damping},
+          {"fallbacks", record.n_fallbacks},
           {"effective_samples_per_channel", record.effective_samples_per_channel},
-          {"objective_round_to_nearest", record.objective_rounded}, {"objective", record.objective},
+          {"objective_round_to_nearest", record.objective_rounded},
+          {"objective", record.objective},
           {"bits_per_weight", record.bits_per_weight}};
 }
 
 class QuantizePass {
  public:
   QuantizePass(const Session& session, const CalibrationSet& calibration, const StageWeights& weights,
-               const fs::path& statistics, checkpoint::RunDirectory& run, const checkpoint::Fingerprint& fingerprint,
-               report::EventLog& events)
+               const fs::path& statistics, checkpoint::RunDirectory& run,
+               const checkpoint::Fingerprint& fingerprint, report::EventLog& events)
       : session_(session),
         calibration_(calibration),
         stage_weights_(weights),
@@ -50,8 +57,7 @@ class QuantizePass {
         output_(session, run.path()),
         solver_(session, calibration),
         device_comm_(session.world(), session.device),
-        rotary_(model::Rotary::make(session.model(), calibration.tokens.length(), session.device)),
-        mine_(calibration.shards.microbatches_of(session.world().rank(), session.world().size())),
+        activations_(session, calibration),
         needs_hidden_(session.config.quantization.solver != "round_to_nearest") {
     state_.stage = "quantize";
     state_.seed = session.config.calibration.seed;
@@ -88,8 +94,9 @@ class QuantizePass {
       // The generation of the last block needs no hidden states, and holds none.
       if (needs_hidden_ && state_.next_block < session_.model().n_blocks)
         session_.world().agree_on([&] {
-          for (const data::Microbatch& microbatch : mine_)
-            hidden_[microbatch.index] = generation->read(hidden_name(microbatch.index)).to(session_.device);
+          for (const data::Microbatch& microbatch : activations_.microbatches())
+            activations_.set_hidden(microbatch.index,
+                                    generation->read(hidden_name(microbatch.index)).to(session_.device));
         });
       return;
     }
@@ -109,9 +116,7 @@ class QuantizePass {
                                : at::empty({model.vocab_size, model.d_model},
                                            at::TensorOptions().dtype(session_.dtype).device(session_.device));
     device_comm_.broadcast(embedding, session_.grid->world_rank(0, 0));
-    for (const data::Microbatch& microbatch : mine_)
-      hidden_[microbatch.index] =
-          model::embed(embedding, calibration_.tokens_of(microbatch.sequences).to(session_.device));
+    activations_.embed(embedding);
   }
 
   // D of blocks >= block, measured with the hidden states that the quantized prefix produces.
@@ -120,24 +125,27 @@ class QuantizePass {
     const int entry_stage = session_.stage_of(block), n_replicas = session_.grid->shape().replicas;
     const int64_t n_shards = calibration_.shards.n_shards();
     std::vector<std::pair<at::Tensor, comm::Request>> leaving;
-    for (const data::Microbatch& microbatch : mine_) {
+    for (const data::Microbatch& microbatch : activations_.microbatches()) {
       const int reader = session_.grid->world_rank(
           entry_stage, static_cast<int>(owner_of(microbatch.shard, n_shards, n_replicas)));
       if (reader == world.rank()) continue;
-      at::Tensor hidden = hidden_.at(microbatch.index).cpu();
+      at::Tensor hidden = activations_.hidden(microbatch.index).cpu();
       auto request = world.send_async(hidden, reader, static_cast<int>(microbatch.index % kHiddenTags));
       leaving.emplace_back(std::move(hidden), std::move(request));
     }
     const auto source = [&](const data::Microbatch& microbatch) {
       const int holder = static_cast<int>(owner_of(microbatch.shard, n_shards, world.size()));
-      if (holder == world.rank()) return hidden_.at(microbatch.index);
-      at::Tensor hidden = at::empty({microbatch.sequences.size(), calibration_.tokens.length(), session_.model().d_model},
-                                    session_.dtype);
+      if (holder == world.rank()) return activations_.hidden(microbatch.index);
+      at::Tensor hidden =
+          at::empty({microbatch.sequences.size(), calibration_.tokens.length(), session_.model().d_model},
+                    session_.dtype);
       world.receive(hidden, holder, static_cast<int>(microbatch.index % kHiddenTags));
       return hidden.to(session_.device);
     };
     measure(session_, calibration_, stage_weights_,
-            {.title = fmt::format("re-estimate before block {}", block), .first_block = block, .source = source,
+            {.title = fmt::format("re-estimate before block {}", block),
+             .first_block = block,
+             .source = source,
              .directory = reestimated_directory(block)},
             events_);
     for (auto& [tensor, request] : leaving) request.wait();
@@ -148,10 +156,13 @@ class QuantizePass {
     return run_.path() / "measure" / fmt::format("before-block-{:05d}", block);
   }
   [[nodiscard]] fs::path current_statistics() const {
-    return state_.sensitivity_from_block < 0 ? statistics_ : reestimated_directory(state_.sensitivity_from_block);
+    return state_.sensitivity_from_block < 0 ? statistics_
+                                             : reestimated_directory(state_.sensitivity_from_block);
   }
 
-  [[nodiscard]] int owner_of_block(int64_t block) const { return session_.grid->world_rank(session_.stage_of(block), 0); }
+  [[nodiscard]] int owner_of_block(int64_t block) const {
+    return session_.grid->world_rank(session_.stage_of(block), 0);
+  }
 
   // Every rank works on every block: its owner sends the weights to all.
   [[nodiscard]] model::BlockWeights share_block(int64_t block) const {
@@ -177,8 +188,11 @@ class QuantizePass {
 
   [[nodiscard]] quant::GridSpec grid_of(const config::ModuleChoice& choice) const {
     const config::Quantization& quantization = session_.config.quantization;
-    return {.bits = choice.bits, .group = choice.group, .symmetric = quantization.symmetric,
-            .clip_search = quantization.clip_search, .storage = session_.model().dtype};
+    return {.bits = choice.bits,
+            .group = choice.group,
+            .symmetric = quantization.symmetric,
+            .clip_search = quantization.clip_search,
+            .storage = session_.model().dtype};
   }
 
   void quantize_block(int64_t block, report::Progress& progress) {
@@ -187,29 +201,32 @@ class QuantizePass {
     const bool is_weighted = session_.config.quantization.weighting == "sensitivity" && needs_hidden_;
     model::BlockWeights weights = share_block(block);
     std::array<at::Tensor, model::kProjections> token_weights;
-    if (is_weighted) session_.world().agree_on([&] { token_weights = read_token_weights(current_statistics(), block); });
+    if (is_weighted)
+      session_.world().agree_on([&] { token_weights = read_token_weights(current_statistics(), block); });
 
     matrices_.clear();
     std::vector<ModuleRecord> records;
-    inner_.clear();
     for (int set = 0; set < model::kInputSets; ++set) {
       std::vector<SolveTask> tasks;
       for (const Projection projection : model::input_set(set)) {
-        const auto choice = config::choice_for(session_.config.quantization, model::module_name(block, projection));
+        const auto choice =
+            config::choice_for(session_.config.quantization, model::module_name(block, projection));
         if (choice.quantized)
           tasks.push_back({projection, grid_of(choice), token_weights[static_cast<size_t>(projection)]});
       }
       if (!tasks.empty()) {
-        std::vector<Solved> solved = needs_hidden_ ? solver_.solve(block, tasks, weights, inputs_of(set, weights))
-                                                   : round(block, tasks, weights);
+        std::vector<Solved> solved =
+            needs_hidden_ ? solver_.solve(block, tasks, weights, activations_.inputs(set, weights))
+                          : round(block, tasks, weights);
         for (size_t t = 0; t < tasks.size(); ++t) {
           // What follows sees the weights that a loader will see.
-          weights[tasks[t].projection].weight = quant::dequantize(solved[t].matrix).to(session_.dtype).to(session_.device);
+          weights[tasks[t].projection].weight =
+              quant::dequantize(solved[t].matrix).to(session_.dtype).to(session_.device);
           records.push_back(solved[t].record);
           matrices_.emplace(tasks[t].projection, std::move(solved[t].matrix));
         }
       }
-      if (needs_hidden_) advance(set, weights);
+      if (needs_hidden_) activations_.advance(set, weights, block);
     }
     require_same_codes(block);
     write_block(block);
@@ -236,63 +253,31 @@ class QuantizePass {
     return solved;
   }
 
-  // Inputs X of an input set, from what the sets before it left: hidden_ is the residual stream, inner_ the state inside a sublayer.
-  [[nodiscard]] ForEachInput inputs_of(int set, const model::BlockWeights& weights) const {
-    return [this, set, &weights](const std::function<void(const data::Microbatch&, const at::Tensor&)>& visit) {
-      for (const data::Microbatch& microbatch : mine_) visit(microbatch, input_of(set, weights, microbatch.index));
-    };
-  }
-
-  [[nodiscard]] at::Tensor input_of(int set, const model::BlockWeights& weights, int64_t microbatch) const {
-    const double eps = session_.model().rms_eps;
-    if (set == 0) return model::rms_norm(hidden_.at(microbatch), weights.input_norm, eps);
-    if (set == 2) return model::rms_norm(hidden_.at(microbatch), weights.post_attention_norm, eps);
-    return inner_.at(microbatch);
-  }
-
-  // Continues the block's one forward pass through the set that was just quantized; nothing is computed twice but two norms.
-  void advance(int set, const model::BlockWeights& weights) {
-    const auto apply = [&](Projection projection, const at::Tensor& x) { return model::apply_linear(x, weights[projection]); };
-    for (const data::Microbatch& microbatch : mine_) {
-      const at::Tensor x = input_of(set, weights, microbatch.index);
-      at::Tensor& hidden = hidden_.at(microbatch.index);
-      at::Tensor& inner = inner_[microbatch.index];
-      switch (set) {
-        case 0: inner = model::attend(session_.model(), rotary_, apply(Projection::q, x), apply(Projection::k, x), apply(Projection::v, x)); break;
-        case 1: hidden = hidden + apply(Projection::o, x); break;
-        case 2: inner = model::gated(apply(Projection::gate, x), apply(Projection::up, x)); break;
-        default: hidden = hidden + apply(Projection::down, x); break;
-      }
-    }
-    if (set == 3) require_finite();
-  }
-
-  void require_finite() const {
-    for (const data::Microbatch& microbatch : mine_)
-      if (!std::isfinite(hidden_.at(microbatch.index).sum(at::kFloat).item<float>()))
-        fail<NumericError>("non-finite hidden state after quantized block {}, sequences from {}", state_.next_block,
-                           microbatch.sequences.begin);
-  }
-
-  // Silent differences between ranks are the worst failure of a distributed quantizer: every block is compared.
+  // Silent differences between ranks are the worst failure of a distributed quantizer: every block is
+  // compared.
   void require_same_codes(int64_t block) const {
     Digest digest;
-    for (const auto& [projection, matrix] : matrices_) digest.update(matrix.codes).update(matrix.scale).update(matrix.zero);
+    for (const auto& [projection, matrix] : matrices_)
+      digest.update(matrix.codes).update(matrix.scale).update(matrix.zero);
     const std::vector<std::string> all = session_.world().all_gather(digest.hex());
     for (size_t rank = 1; rank < all.size(); ++rank)
       if (all[rank] != all[0])
-        session_.world().agree(fmt::format("block {}: rank {} holds other codes than rank 0 (digests {} and {}); results "
-                                           "of this job cannot be trusted", block, rank, all[rank], all[0]),
-                               ExitCode::internal);
+        session_.world().agree(
+            fmt::format("block {}: rank {} holds other codes than rank 0 (digests {} and {}); results "
+                        "of this job cannot be trusted",
+                        block, rank, all[rank], all[0]),
+            ExitCode::internal);
   }
 
   void write_block(int64_t block) {
     session_.world().agree_on([&] {
-      if (session_.world().rank() == owner_of_block(block)) new_outputs_.push_back(output_.write_block(block, matrices_));
+      if (session_.world().rank() == owner_of_block(block))
+        new_outputs_.push_back(output_.write_block(block, matrices_));
     });
   }
 
-  void report_block(int64_t block, const std::vector<ModuleRecord>& records, double wall_s, report::Progress& progress) {
+  void report_block(int64_t block, const std::vector<ModuleRecord>& records, double wall_s,
+                    report::Progress& progress) {
     double before = 0, after = 0;
     for (const ModuleRecord& record : records) {
       state_.bits[record.module] = record.bits;
@@ -300,15 +285,18 @@ class QuantizePass {
       nlohmann::json event = to_json(record);
       event["seconds"] = record.wall_s;
       events_.write("module", event);
-      log::debug("  {}: {} bits, damping {:g}, n_eff/d {:.1f}, objective {:.4g} -> {:.4g}, {:.2f} s", record.module,
-                 record.bits, record.damping, record.effective_samples_per_channel, record.objective_rounded,
-                 record.objective, record.wall_s);
+      log::debug("  {}: {} bits, damping {:g}, n_eff/d {:.1f}, objective {:.4g} -> {:.4g}, {:.2f} s",
+                 record.module, record.bits, record.damping, record.effective_samples_per_channel,
+                 record.objective_rounded, record.objective, record.wall_s);
       before += record.objective_rounded;
       after += record.objective;
     }
     progress.note(fmt::format("block {}/{}: {} linears, objective {:.4g} -> {:.4g}, {:.1f} s", block + 1,
                               session_.model().n_blocks, records.size(), before, after, wall_s));
-    events_.write("block", {{"block", block}, {"seconds", wall_s}, {"objective_round_to_nearest", before}, {"objective", after}});
+    events_.write("block", {{"block", block},
+                            {"seconds", wall_s},
+                            {"objective_round_to_nearest", before},
+                            {"objective", after}});
   }
 
   void save_if_due() {
@@ -318,16 +306,16 @@ class QuantizePass {
     if (stop || is_last || state_.next_block % every == 0) {
       std::vector<std::pair<std::string, at::Tensor>> tensors;
       if (!is_last && needs_hidden_)
-        for (const data::Microbatch& microbatch : mine_)
-          tensors.emplace_back(hidden_name(microbatch.index), hidden_.at(microbatch.index).cpu());
+        for (const data::Microbatch& microbatch : activations_.microbatches())
+          tensors.emplace_back(hidden_name(microbatch.index), activations_.hidden(microbatch.index).cpu());
       const Timer timer;
       generations_.commit(state_, tensors, output_.partial_directory(), new_outputs_);
       new_outputs_.clear();
       events_.write("checkpoint", {{"next_block", state_.next_block}, {"seconds", timer.seconds()}});
     }
     if (stop && !is_last)
-      fail<StopRequested>("stopped on request after block {} of {}; `--resume` continues there", state_.next_block,
-                          session_.model().n_blocks);
+      fail<StopRequested>("stopped on request after block {} of {}; `--resume` continues there",
+                          state_.next_block, session_.model().n_blocks);
   }
 
   QuantizeResult finish(const Timer& timer) {
@@ -358,13 +346,16 @@ class QuantizePass {
       result.n_fallbacks += records.back()["fallbacks"].get<int64_t>();
     }
     session_.world().agree_on([&] {
-      if (session_.world().rank() == 0) io::write_text_atomically(run_.path() / "modules.json", records.dump(1) + "\n");
+      if (session_.world().rank() == 0)
+        io::write_text_atomically(run_.path() / "modules.json", records.dump(1) + "\n");
     });
     output_.finish(modules, ignored);
     result.bits_per_weight = n_weights > 0 ? bits / n_weights : 0;
     result.wall_s = timer.seconds();
-    events_.write("quantized", {{"seconds", result.wall_s}, {"bits_per_weight", result.bits_per_weight},
-                                {"modules", result.n_modules}, {"fallbacks", result.n_fallbacks}});
+    events_.write("quantized", {{"seconds", result.wall_s},
+                                {"bits_per_weight", result.bits_per_weight},
+                                {"modules", result.n_modules},
+                                {"fallbacks", result.n_fallbacks}});
     return result;
   }
 
@@ -378,21 +369,19 @@ class QuantizePass {
   ModelOutput output_;
   BlockSolver solver_;
   comm::DeviceCommunicator device_comm_;
-  model::Rotary rotary_;
-  std::vector<data::Microbatch> mine_;  // this rank's share of the sequences, whatever stage it is
-  bool needs_hidden_;                   // round-to-nearest looks at weights only
+  PrefixActivations activations_;
+  bool needs_hidden_;  // round-to-nearest looks at weights only
   checkpoint::RunState state_;
-  std::map<int64_t, at::Tensor> hidden_;  // microbatch -> [b, T, d_model]
-  std::map<int64_t, at::Tensor> inner_;   // microbatch -> attention output, or gated activation [b, T, d_ff]
   std::map<Projection, quant::QuantizedMatrix> matrices_;  // of the block in work
   std::vector<std::string> new_outputs_;
 };
 
 }  // namespace
 
-QuantizeResult quantize(const Session& session, const CalibrationSet& calibration, const StageWeights& weights,
-                        const fs::path& statistics, checkpoint::RunDirectory& run,
-                        const checkpoint::Fingerprint& fingerprint, bool resume, report::EventLog& events) {
+QuantizeResult quantize(const Session& session, const CalibrationSet& calibration,
+                        const StageWeights& weights, const fs::path& statistics,
+                        checkpoint::RunDirectory& run, const checkpoint::Fingerprint& fingerprint,
+                        bool resume, report::EventLog& events) {
   return QuantizePass(session, calibration, weights, statistics, run, fingerprint, events).run(resume);
 }
 

@@ -41,7 +41,8 @@ std::string closing_table(const Session& session, const Closing& closing, const 
   report::Table table({"result", "original", "quantized"});
   if (closing.evaluated) {
     const evaluate::Summary& e = *closing.evaluated;
-    table.add({"perplexity", fmt::format("{:.3f}", e.perplexity_original), e.has_quantized ? fmt::format("{:.3f}", e.perplexity) : "-"});
+    table.add({"perplexity", fmt::format("{:.3f}", e.perplexity_original),
+               e.has_quantized ? fmt::format("{:.3f}", e.perplexity) : "-"});
     if (e.has_quantized) {
       table.add({"KL to the original, mean (nats/token)", "0", fmt::format("{:.5f}", e.kl_mean)});
       table.add({"KL median / 99 %", "0", fmt::format("{:.5f} / {:.4f}", e.kl_median, e.kl_p99)});
@@ -49,47 +50,60 @@ std::string closing_table(const Session& session, const Closing& closing, const 
     }
   }
   if (closing.quantized)
-    table.add({"bits per weight, scales included", "16", fmt::format("{:.3f}", closing.quantized->bits_per_weight)});
+    table.add({"bits per weight, scales included", "16",
+               fmt::format("{:.3f}", closing.quantized->bits_per_weight)});
   std::string text = closing.evaluated || closing.quantized ? table.text() : std::string();
   if (closing.quantized)
-    text += fmt::format("{} linears at {} bits, group {}, {}, {}{}; {} fallbacks\n", closing.quantized->n_modules, q.bits,
-                        q.group == 0 ? "channel" : std::to_string(q.group), q.symmetric ? "symmetric" : "asymmetric", q.solver,
-                        q.solver == "gptq" ? " with D = " + std::string(q.weighting == "none" ? "1" : "sensitivity") : "",
-                        closing.quantized->n_fallbacks);
+    text += fmt::format(
+        "{} linears at {} bits, group {}, {}, {}{}; {} fallbacks\n", closing.quantized->n_modules, q.bits,
+        q.group == 0 ? "channel" : std::to_string(q.group), q.symmetric ? "symmetric" : "asymmetric",
+        q.solver,
+        q.solver == "gptq" ? " with D = " + std::string(q.weighting == "none" ? "1" : "sensitivity") : "",
+        closing.quantized->n_fallbacks);
   std::string times;
   const auto add_time = [&](const char* stage, double seconds) {
-    times += fmt::format("{}{} {}", times.empty() ? "" : ", ", stage, report::Progress::format_duration(seconds));
+    times +=
+        fmt::format("{}{} {}", times.empty() ? "" : ", ", stage, report::Progress::format_duration(seconds));
   };
   if (closing.measured) add_time("measure", closing.measured->wall_s);
   if (closing.quantized) add_time("quantize", closing.quantized->wall_s);
   text += fmt::format("time {}{}; {} ranks, peak memory per rank {:.2f} GiB (largest), {:.2f} GiB (mean)\n",
-                      report::Progress::format_duration(wall_s), times.empty() ? "" : " (" + times + ")", world.size(),
-                      static_cast<double>(largest) / (1 << 30), static_cast<double>(total) / world.size() / (1 << 30));
+                      report::Progress::format_duration(wall_s), times.empty() ? "" : " (" + times + ")",
+                      world.size(), static_cast<double>(largest) / (1 << 30),
+                      static_cast<double>(total) / world.size() / (1 << 30));
   if (!run.empty()) text += fmt::format("in {}\n", run.string());
   return text;
 }
 
-bool contains(const std::vector<Stage>& stages, Stage stage) { return std::ranges::find(stages, stage) != stages.end(); }
+bool contains(const std::vector<Stage>& stages, Stage stage) {
+  return std::ranges::find(stages, stage) != stages.end();
+}
 
-void require_finished(const checkpoint::RunDirectory& run, const std::string& stage, const comm::Communicator& world) {
-  world.agree(run.is_complete(stage) ? ""
-                                     : fmt::format("{} has no finished {} stage; start `isobath {}` or `isobath run` first",
-                                                   run.path().string(), stage, stage),
+void require_finished(const checkpoint::RunDirectory& run, const std::string& stage,
+                      const comm::Communicator& world) {
+  world.agree(run.is_complete(stage)
+                  ? ""
+                  : fmt::format("{} has no finished {} stage; start `isobath {}` or `isobath run` first",
+                                run.path().string(), stage, stage),
               ExitCode::config);
 }
 
 const char* name_of(Stage stage) {
   switch (stage) {
-    case Stage::measure: return "measure";
-    case Stage::quantize: return "quantize";
-    case Stage::evaluate: return "evaluate";
+    case Stage::measure:
+      return "measure";
+    case Stage::quantize:
+      return "quantize";
+    case Stage::evaluate:
+      return "evaluate";
   }
   return "";
 }
 
-// A stage command on a directory where that stage is done would do nothing: say so, as an error unless --resume asked for it.
-void refuse_or_note_finished(const checkpoint::RunDirectory& run, const std::vector<Stage>& stages, bool resume,
-                             const comm::Communicator& world) {
+// A stage command on a directory where that stage is done would do nothing: say so, as an error unless
+// --resume asked for it.
+void refuse_or_note_finished(const checkpoint::RunDirectory& run, const std::vector<Stage>& stages,
+                             bool resume, const comm::Communicator& world) {
   for (const Stage stage : stages)
     if (!run.is_complete(name_of(stage))) return;
   const std::string text = fmt::format("{}: {} is finished", run.path().string(), name_of(stages.back()));
@@ -99,25 +113,35 @@ void refuse_or_note_finished(const checkpoint::RunDirectory& run, const std::vec
 
 }  // namespace
 
-void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool resume, const comm::Communicator& world) {
+void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool resume,
+         const comm::Communicator& world) {
   const Timer timer;
   comm::Watchdog::configure(std::chrono::seconds(config.ranks.watchdog_s));
 
-  // Who computes what: model headers, grid, tokens.                                     no weights in memory yet
-  const data::ShardPlan plan(config.calibration.sequences, config.calibration.logical_shards, config.calibration.microbatch);
+  // Who computes what: model headers, grid, tokens.                                     no weights in memory
+  // yet
+  const data::ShardPlan plan(config.calibration.sequences, config.calibration.logical_shards,
+                             config.calibration.microbatch);
   const Session session = open_session(config, static_cast<int64_t>(plan.microbatches().size()), world);
   world.agree_on([&] { require_quantizable(config, session.model()); });
   const CalibrationSet calibration = open_calibration(session);
   const checkpoint::Fingerprint fingerprint = fingerprint_of(session, calibration);
 
   // The first stage makes the run directory; the later ones continue in it.
-  const bool is_weighted = config.quantization.weighting == "sensitivity" && config.quantization.solver != "round_to_nearest";
+  const bool is_weighted =
+      config.quantization.weighting == "sensitivity" && config.quantization.solver != "round_to_nearest";
   const bool creates = contains(stages, Stage::measure) && !resume;
-  checkpoint::RunDirectory directory(config.output, creates ? checkpoint::RunDirectory::Mode::create
-                                                            : checkpoint::RunDirectory::Mode::resume, fingerprint, world);
-  report::EventLog events = world.rank() == 0 ? report::EventLog(directory.path() / "events.jsonl") : report::EventLog();
-  events.write("start", {{"ranks", world.size()}, {"stages", session.grid->shape().stages},
-                         {"replicas", session.grid->shape().replicas}, {"threads", session.threads}, {"resume", resume}});
+  checkpoint::RunDirectory directory(
+      config.output,
+      creates ? checkpoint::RunDirectory::Mode::create : checkpoint::RunDirectory::Mode::resume, fingerprint,
+      world);
+  report::EventLog events =
+      world.rank() == 0 ? report::EventLog(directory.path() / "events.jsonl") : report::EventLog();
+  events.write("start", {{"ranks", world.size()},
+                         {"stages", session.grid->shape().stages},
+                         {"replicas", session.grid->shape().replicas},
+                         {"threads", session.threads},
+                         {"resume", resume}});
   if (!creates) refuse_or_note_finished(directory, stages, resume, world);
 
   // W: each rank reads the weights of its own blocks.                                   sharded by stage
@@ -128,24 +152,29 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
   fs::path statistics = directory.path() / "measure";
   if (!config.sensitivity.reuse.empty()) {
     statistics = config.sensitivity.reuse;
-    world.agree_on([&] { require_header(statistics, statistics_header(session, calibration), session.model().n_blocks); });
+    world.agree_on([&] {
+      require_header(statistics, statistics_header(session, calibration), session.model().n_blocks);
+    });
   }
   const bool is_measured = !config.sensitivity.reuse.empty() || directory.is_complete("measure");
   const bool is_measure_alone = stages.size() == 1;
   if (contains(stages, Stage::measure) && !is_measured && (is_weighted || is_measure_alone)) {
-    closing.measured = measure(session, calibration, weights, {.title = "measure", .source = {}, .directory = statistics}, events);
+    closing.measured = measure(session, calibration, weights,
+                               {.title = "measure", .source = {}, .directory = statistics}, events);
     directory.mark_complete("measure");
     log::info("measured {} tokens in {}: {:.4f} nats per token", closing.measured->n_tokens,
               report::Progress::format_duration(closing.measured->wall_s), closing.measured->nll_per_token);
   }
 
-  // §3  W_l -> grid, block by block, H = XᵀDX of the quantized prefix's activations      model/, one shard a block
+  // §3  W_l -> grid, block by block, H = XᵀDX of the quantized prefix's activations      model/, one shard a
+  // block
   const fs::path quantized = directory.path() / "model";
   if (contains(stages, Stage::quantize) && !directory.is_complete("quantize")) {
     if (is_weighted && config.sensitivity.reuse.empty()) require_finished(directory, "measure", world);
     // A crash between the last rename and its mark leaves a whole model: it is taken as it is.
     if (!world.any(fs::exists(quantized / "config.json")))
-      closing.quantized = quantize(session, calibration, weights, statistics, directory, fingerprint, true, events);
+      closing.quantized =
+          quantize(session, calibration, weights, statistics, directory, fingerprint, true, events);
     directory.mark_complete("quantize");
   }
 
@@ -156,7 +185,8 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
       closing.evaluated = evaluate_model(session, weights, quantized, events);
       world.agree_on([&] {
         if (world.rank() == 0)
-          io::write_text_atomically(directory.path() / "evaluation.json", evaluation_json(*closing.evaluated, config.evaluation));
+          io::write_text_atomically(directory.path() / "evaluation.json",
+                                    evaluation_json(*closing.evaluated, config.evaluation));
       });
     }
     directory.mark_complete("evaluate");
@@ -167,11 +197,13 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
   events.write("finished", {{"seconds", timer.seconds()}, {"summary", table}});
 }
 
-void evaluate_checkpoints(const config::RunConfig& config, const fs::path& quantized, const fs::path& json_output,
-                          const comm::Communicator& world) {
+void evaluate_checkpoints(const config::RunConfig& config, const fs::path& quantized,
+                          const fs::path& json_output, const comm::Communicator& world) {
   const Timer timer;
   comm::Watchdog::configure(std::chrono::seconds(config.ranks.watchdog_s));
-  world.agree(config.evaluation.tokens.empty() ? "evaluation.tokens is not set; name a token file to evaluate on" : "",
+  world.agree(config.evaluation.tokens.empty()
+                  ? "evaluation.tokens is not set; name a token file to evaluate on"
+                  : "",
               ExitCode::config);
   const Session session = open_session(config, config.evaluation.windows, world);
   const StageWeights weights = load_stage(session, *session.source);

@@ -15,7 +15,8 @@
 namespace isobath::pipeline {
 namespace {
 
-// Share of a host's memory that resident weights may take; the rest is for block inputs, covariances and page cache.
+// Share of a host's memory that resident weights may take; the rest is for block inputs, covariances and page
+// cache.
 constexpr double kWeightShareOfMemory = 0.5;
 
 int64_t host_memory_bytes() {
@@ -37,7 +38,8 @@ at::ScalarType choose_dtype(const std::string& requested, at::ScalarType of_chec
   if (requested == "float32") return at::ScalarType::Float;
   // bf16 without hardware support is several times slower than f32 on a CPU.
   const bool is_fast = device.is_cuda() || has_bfloat16_instructions();
-  return of_checkpoint == at::ScalarType::BFloat16 && is_fast ? at::ScalarType::BFloat16 : at::ScalarType::Float;
+  return of_checkpoint == at::ScalarType::BFloat16 && is_fast ? at::ScalarType::BFloat16
+                                                              : at::ScalarType::Float;
 }
 
 std::vector<StageCost> stage_costs(const model::ModelConfig& model, int64_t length, int n_ranks) {
@@ -55,7 +57,8 @@ std::vector<StageCost> stage_costs(const model::ModelConfig& model, int64_t leng
       const auto n = static_cast<double>(ranges[static_cast<size_t>(s)].size());
       const int n_ends = (s == 0) + (s + 1 == stages);
       const double time = n * cost.block + (s == 0 ? cost.embedding : 0) + (s + 1 == stages ? cost.head : 0);
-      const int64_t bytes = 2 * (static_cast<int64_t>(n) * block_parameters + n_ends * model.vocab_size * model.d_model);
+      const int64_t bytes =
+          2 * (static_cast<int64_t>(n) * block_parameters + n_ends * model.vocab_size * model.d_model);
       worst = {std::max(worst.time, time), std::max(worst.weight_bytes, bytes)};
     }
     costs.push_back(worst);
@@ -67,11 +70,14 @@ comm::GridShape choose_shape(const config::Ranks& ranks, const model::ModelConfi
                              int64_t n_microbatches, int n_ranks, int n_ranks_on_node) {
   int stages = ranks.stages, replicas = ranks.replicas;
   if (stages == 0 && replicas == 0) {
-    const auto bytes = static_cast<int64_t>(kWeightShareOfMemory * static_cast<double>(host_memory_bytes()) / n_ranks_on_node);
-    const GridChoice choice = choose_grid(n_ranks, n_microbatches, stage_costs(model, length, n_ranks), bytes);
+    const auto bytes = static_cast<int64_t>(kWeightShareOfMemory * static_cast<double>(host_memory_bytes()) /
+                                            n_ranks_on_node);
+    const GridChoice choice =
+        choose_grid(n_ranks, n_microbatches, stage_costs(model, length, n_ranks), bytes);
     if (choice.stages == 0)
-      fail<ConfigError>("the model's weights do not fit {} ranks with {:.1f} GiB for weights each; use more nodes",
-                        n_ranks, static_cast<double>(bytes) / (1 << 30));
+      fail<ConfigError>(
+          "the model's weights do not fit {} ranks with {:.1f} GiB for weights each; use more nodes", n_ranks,
+          static_cast<double>(bytes) / (1 << 30));
     stages = choice.stages;
     replicas = choice.replicas;
   } else if (stages == 0) {
@@ -80,8 +86,10 @@ comm::GridShape choose_shape(const config::Ranks& ranks, const model::ModelConfi
     replicas = n_ranks / stages;
   }
   if (stages * replicas != n_ranks)
-    fail<ConfigError>("ranks.stages = {} times ranks.replicas = {} must equal the {} ranks of this job; set one of them "
-                      "to auto or start {} ranks", stages, replicas, n_ranks, std::max(1, stages) * std::max(1, replicas));
+    fail<ConfigError>(
+        "ranks.stages = {} times ranks.replicas = {} must equal the {} ranks of this job; set one of them "
+        "to auto or start {} ranks",
+        stages, replicas, n_ranks, std::max(1, stages) * std::max(1, replicas));
   return {stages, replicas};
 }
 
@@ -93,7 +101,8 @@ int Session::stage_of(int64_t block) const {
   fail<InternalError>("block {} belongs to no stage", block);
 }
 
-Session open_session(const config::RunConfig& config, int64_t n_microbatches, const comm::Communicator& world) {
+Session open_session(const config::RunConfig& config, int64_t n_microbatches,
+                     const comm::Communicator& world) {
   Session session;
   session.config = config;
   const comm::Communicator node = world.node();
@@ -102,7 +111,8 @@ Session open_session(const config::RunConfig& config, int64_t n_microbatches, co
   world.agree_on([&] {
     session.source = std::make_shared<const model::CheckpointReader>(config.model);
     const model::ModelConfig& model = session.source->config();
-    shape = choose_shape(config.ranks, model, config.calibration.length, n_microbatches, world.size(), n_ranks_on_node);
+    shape = choose_shape(config.ranks, model, config.calibration.length, n_microbatches, world.size(),
+                         n_ranks_on_node);
     session.stage_blocks = model::balance_stages(model, config.calibration.length, shape.stages);
     session.device = comm::select_device(config.ranks.device, node);
     session.dtype = choose_dtype(config.compute_dtype, model.dtype, session.device);
@@ -111,8 +121,8 @@ Session open_session(const config::RunConfig& config, int64_t n_microbatches, co
   const int n_cores = static_cast<int>(std::thread::hardware_concurrency());
   session.threads = config.ranks.threads > 0 ? config.ranks.threads : std::max(1, n_cores / n_ranks_on_node);
   at::set_num_threads(session.threads);
-  log::info("{} ranks = {} stages x {} replicas, {} threads each, {} on {}", world.size(), shape.stages, shape.replicas,
-            session.threads, c10::toString(session.dtype), session.device.str());
+  log::info("{} ranks = {} stages x {} replicas, {} threads each, {} on {}", world.size(), shape.stages,
+            shape.replicas, session.threads, c10::toString(session.dtype), session.device.str());
   return session;
 }
 
@@ -129,11 +139,12 @@ std::string tokenizer_digest(const std::filesystem::path& model_directory) {
 
 CalibrationSet open_calibration(const Session& session) {
   const config::Calibration& calibration = session.config.calibration;
-  data::TokenSet tokens = data::open_tokens(
-      calibration.tokens,
-      {.vocab_size = session.model().vocab_size, .tokenizer_sha256 = tokenizer_digest(session.config.model),
-       .n_sequences = calibration.sequences, .length = calibration.length},
-      session.world());
+  data::TokenSet tokens = data::open_tokens(calibration.tokens,
+                                            {.vocab_size = session.model().vocab_size,
+                                             .tokenizer_sha256 = tokenizer_digest(session.config.model),
+                                             .n_sequences = calibration.sequences,
+                                             .length = calibration.length},
+                                            session.world());
   data::ShardPlan shards(tokens.n_sequences(), calibration.logical_shards, calibration.microbatch);
   return {std::move(tokens), std::move(shards)};
 }
@@ -144,7 +155,8 @@ StageWeights load_stage(const Session& session, const model::CheckpointReader& c
     const Range blocks = session.my_blocks();
     for (int64_t block = blocks.begin; block < blocks.end; ++block)
       weights.blocks.emplace(block, checkpoint.read_block(block, session.dtype, session.device));
-    if (session.grid->stage() == 0) weights.embedding = checkpoint.read_embedding(session.dtype, session.device);
+    if (session.grid->stage() == 0)
+      weights.embedding = checkpoint.read_embedding(session.dtype, session.device);
     if (session.is_last_stage()) weights.head = checkpoint.read_head(session.dtype, session.device);
   });
   return weights;
@@ -152,9 +164,10 @@ StageWeights load_stage(const Session& session, const model::CheckpointReader& c
 
 checkpoint::Fingerprint fingerprint_of(const Session& session, const CalibrationSet& calibration) {
   // Where a result is put, on how many ranks and how often it is saved does not change it.
-  static const std::set<std::string> kIrrelevant{"output", "ranks.stages", "ranks.replicas", "ranks.threads",
-                                                 "ranks.watchdog_s", "checkpoint.every_blocks", "checkpoint.keep",
-                                                 "compute_dtype"};
+  static const std::set<std::string> kIrrelevant{"output",           "ranks.stages",
+                                                 "ranks.replicas",   "ranks.threads",
+                                                 "ranks.watchdog_s", "checkpoint.every_blocks",
+                                                 "checkpoint.keep",  "compute_dtype"};
   checkpoint::Fingerprint fingerprint;
   for (const auto& [key, value] : session.config.flatten())
     if (!kIrrelevant.contains(key)) fingerprint[key] = value;

@@ -6,7 +6,9 @@
 namespace isobath::pipeline {
 namespace {
 
-std::string group_of(int projection) { return std::string(model::name_of(static_cast<model::Projection>(projection))); }
+std::string group_of(int projection) {
+  return std::string(model::name_of(static_cast<model::Projection>(projection)));
+}
 
 }  // namespace
 
@@ -37,7 +39,8 @@ void write_statistics(const std::filesystem::path& directory, int64_t block, con
             "sum_i ||G_i||^2 x_ij^2 (activation sensitivity, eq. 6)");
     dataset("alpha_per_sequence", module.alpha_per_sequence, "nat^2 per weight unit^2",
             "sum_s ||G_s^T X_s,:j||^2 (activation sensitivity, eq. 5)");
-    dataset("covariance", module.covariance, "nat^2 per weight unit^2", "H[k] = sum_i D[i,k] x_i x_i^T, raw D");
+    dataset("covariance", module.covariance, "nat^2 per weight unit^2",
+            "H[k] = sum_i D[i,k] x_i x_i^T, raw D");
     file.attribute(group, "module", model::module_name(block, static_cast<model::Projection>(p)));
     file.attribute(group, "n_tokens", module.n_tokens);
     file.attribute(group, "n_sequences", module.n_sequences);
@@ -45,7 +48,8 @@ void write_statistics(const std::filesystem::path& directory, int64_t block, con
   file.commit();
 }
 
-std::array<at::Tensor, model::kProjections> read_token_weights(const std::filesystem::path& directory, int64_t block) {
+std::array<at::Tensor, model::kProjections> read_token_weights(const std::filesystem::path& directory,
+                                                               int64_t block) {
   const io::Hdf5Reader file(statistics_path(directory, block));
   std::array<at::Tensor, model::kProjections> weights;
   for (int p = 0; p < model::kProjections; ++p)
@@ -53,13 +57,15 @@ std::array<at::Tensor, model::kProjections> read_token_weights(const std::filesy
   return weights;
 }
 
-void require_header(const std::filesystem::path& directory, const StatisticsHeader& expected, int64_t n_blocks) {
+void require_header(const std::filesystem::path& directory, const StatisticsHeader& expected,
+                    int64_t n_blocks) {
   std::string differences;
   for (int64_t block = 0; block < n_blocks; ++block) {
     const auto path = statistics_path(directory, block);
     if (!std::filesystem::exists(path))
-      fail<ConfigError>("sensitivity.reuse: {} is missing; expected a finished measure/ directory with {} block files",
-                        path.string(), n_blocks);
+      fail<ConfigError>(
+          "sensitivity.reuse: {} is missing; expected a finished measure/ directory with {} block files",
+          path.string(), n_blocks);
   }
   const io::Hdf5Reader file(statistics_path(directory, 0));
   for (const auto& [name, value] : expected) {
@@ -68,11 +74,12 @@ void require_header(const std::filesystem::path& directory, const StatisticsHead
       const io::Attribute attribute = file.attribute("/", name);
       if (const auto* text = std::get_if<std::string>(&attribute)) found = *text;
     }
-    if (found != value) differences += fmt::format("\n  {}: this run has {}, the statistics have {}", name, value, found);
+    if (found != value)
+      differences += fmt::format("\n  {}: this run has {}, the statistics have {}", name, value, found);
   }
   if (!differences.empty())
-    fail<ConfigError>("sensitivity.reuse: the statistics in {} were measured differently:{}", directory.string(),
-                      differences);
+    fail<ConfigError>("sensitivity.reuse: the statistics in {} were measured differently:{}",
+                      directory.string(), differences);
 }
 
 }  // namespace isobath::pipeline

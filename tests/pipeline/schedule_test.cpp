@@ -10,7 +10,8 @@ namespace {
 std::string text_of(const std::vector<Step>& steps) {
   std::string text;
   for (const Step& step : steps)
-    text += fmt::format("{}{}{}", text.empty() ? "" : " ", step.kind == Step::Kind::forward ? "F" : "B", step.microbatch);
+    text += fmt::format("{}{}{}", text.empty() ? "" : " ", step.kind == Step::Kind::forward ? "F" : "B",
+                        step.microbatch);
   return text;
 }
 
@@ -30,8 +31,10 @@ TEST(OneForwardOneBackward, KeepsAtMostAsManyInFlightAsStagesRemain) {
       std::set<int64_t> in_flight;
       size_t most = 0;
       for (const Step& step : one_forward_one_backward(9, position, n_stages)) {
-        if (step.kind == Step::Kind::forward) in_flight.insert(step.microbatch);
-        else EXPECT_EQ(in_flight.erase(step.microbatch), 1u);
+        if (step.kind == Step::Kind::forward)
+          in_flight.insert(step.microbatch);
+        else
+          EXPECT_EQ(in_flight.erase(step.microbatch), 1u);
         most = std::max(most, in_flight.size());
       }
       EXPECT_TRUE(in_flight.empty());
@@ -56,7 +59,8 @@ TEST(ChooseGrid, PrefersReplicasWhenTheModelFitsAndStagesWhenItDoesNot) {
 
 TEST(ChooseGrid, UsesOnlySplitsOfAllRanks) {
   const std::vector<StageCost> costs{{4, 40}, {2, 20}, {2, 20}};
-  const GridChoice choice = choose_grid(3, 16, costs, 30);  // one stage of 40 does not fit, two do not divide three ranks
+  const GridChoice choice =
+      choose_grid(3, 16, costs, 30);  // one stage of 40 does not fit, two do not divide three ranks
   EXPECT_EQ(choice.stages, 3);
 }
 

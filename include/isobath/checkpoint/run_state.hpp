@@ -6,19 +6,20 @@
 
 namespace isobath::checkpoint {
 
-/// Where a run stands; archived by Boost.Serialization inside a generation and opened only after its digest was verified.
+/// Where a run stands; archived by Boost.Serialization inside a generation and opened only after its digest
+/// was verified.
 struct RunState {
-  std::string stage;                      ///< "quantize"
-  int64_t next_block = 0;                 ///< first block that is not quantized yet
-  int64_t sensitivity_from_block = -1;    ///< block before which D was last re-estimated; −1: D of measure
+  std::string stage;                    ///< "quantize"
+  int64_t next_block = 0;               ///< first block that is not quantized yet
+  int64_t sensitivity_from_block = -1;  ///< block before which D was last re-estimated; −1: D of measure
   uint64_t seed = 0;
-  std::map<std::string, int> bits;        ///< module -> bits of what is done
+  std::map<std::string, int> bits;          ///< module -> bits of what is done
   std::vector<std::string> module_records;  ///< one JSON object per quantized module, in order
 
   template <class Archive>
   void serialize(Archive& archive, unsigned version) {
     static_cast<void>(version);
-    archive & stage & next_block & sensitivity_from_block & seed & bits & module_records;
+    archive& stage& next_block& sensitivity_from_block& seed& bits& module_records;
   }
 };
 

@@ -12,14 +12,16 @@
 
 namespace isobath::comm {
 
-/// Order-independent combinations only: sums of floating-point results go through TreeSum, whose order is fixed.
+/// Order-independent combinations only: sums of floating-point results go through TreeSum, whose order is
+/// fixed.
 enum class Reduce { sum, min, max };
 
 template <class T>
 concept Countable = std::is_same_v<T, int32_t> || std::is_same_v<T, int64_t> || std::is_same_v<T, uint64_t> ||
-                    std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, uint8_t>;
+    std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, uint8_t>;
 
-/// A transfer under way. Keeps its tensor alive; `wait` polls with back-off, so that oversubscribed ranks yield the core.
+/// A transfer under way. Keeps its tensor alive; `wait` polls with back-off, so that oversubscribed ranks
+/// yield the core.
 class Request {
  public:
   Request();
@@ -58,8 +60,8 @@ class Communicator {
   /// Collective: the ranks that share this rank's memory.
   [[nodiscard]] Communicator node() const;
 
-  /// Largest number of bytes handed to one MPI call; longer transfers are cut into several. The same on every rank,
-  /// inherited by duplicate, split and node. Lowered only by tests.
+  /// Largest number of bytes handed to one MPI call; longer transfers are cut into several. The same on every
+  /// rank, inherited by duplicate, split and node. Lowered only by tests.
   void set_message_limit(int64_t limit_bytes);
 
   void barrier() const;
@@ -86,11 +88,12 @@ class Communicator {
   void send(const at::Tensor& tensor, int destination, int tag) const;
   void receive(at::Tensor& tensor, int source, int tag) const;
 
-  /// Collective: raises AgreedFailure on *every* rank when any rank passes a non-empty text; the message lists each
-  /// failing rank ("rank 3 (host): …", equal texts merged) and the code is the largest of the failing ranks'.
+  /// Collective: raises AgreedFailure on *every* rank when any rank passes a non-empty text; the message
+  /// lists each failing rank ("rank 3 (host): …", equal texts merged) and the code is the largest of the
+  /// failing ranks'.
   void agree(const std::string& failure, ExitCode code) const;
-  /// Collective: runs `action` on every rank and agrees on its outcome: an Error thrown on any rank becomes the same
-  /// AgreedFailure on all. `action` must not communicate over this communicator.
+  /// Collective: runs `action` on every rank and agrees on its outcome: an Error thrown on any rank becomes
+  /// the same AgreedFailure on all. `action` must not communicate over this communicator.
   void agree_on(const std::function<void()>& action) const;
   /// Collective: whether any rank says true.
   [[nodiscard]] bool any(bool value) const;

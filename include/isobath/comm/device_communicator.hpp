@@ -7,8 +7,9 @@
 
 namespace isobath::comm {
 
-/// Tensor transfer where the tensors live: one header, two sources chosen by CMake. `host` stages device tensors through
-/// MPI; `nccl` hands CUDA tensors to NCCL (and CPU tensors to MPI). Same order of calls on every rank.
+/// Tensor transfer where the tensors live: one header, two sources chosen by CMake. `host` stages device
+/// tensors through MPI; `nccl` hands CUDA tensors to NCCL (and CPU tensors to MPI). Same order of calls on
+/// every rank.
 class DeviceCommunicator {
  public:
   /// Collective over `comm`, which must outlive this object.
@@ -42,8 +43,9 @@ class DeviceCommunicator {
   std::unique_ptr<State> state_;
 };
 
-/// The device of this rank: CPU in a host build; in a CUDA build CUDA device `node.rank() % device_count` unless
-/// `requested` is "cpu". requested: "auto" | "cpu" | "cuda". Throws ConfigError when "cuda" cannot be had.
+/// The device of this rank: CPU in a host build; in a CUDA build CUDA device `node.rank() % device_count`
+/// unless `requested` is "cpu". requested: "auto" | "cpu" | "cuda". Throws ConfigError when "cuda" cannot be
+/// had.
 [[nodiscard]] c10::Device select_device(const std::string& requested, const Communicator& node);
 
 /// "host" or "nccl".

@@ -9,8 +9,8 @@ struct GridShape {
   bool operator==(const GridShape&) const = default;
 };
 
-/// The ranks as stages (pipeline) × replicas (data): world rank = replica * stages + stage, so that the neighbours of a
-/// pipeline are neighbours in rank and, with block placement, on one node.
+/// The ranks as stages (pipeline) × replicas (data): world rank = replica * stages + stage, so that the
+/// neighbours of a pipeline are neighbours in rank and, with block placement, on one node.
 class Grid {
  public:
   /// Collective over `world`. Precondition: stages * replicas == world.size().

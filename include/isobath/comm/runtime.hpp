@@ -3,8 +3,8 @@
 
 namespace isobath::comm {
 
-/// Owns MPI: initialises it, finalizes it in the destructor unless an exception is in flight, and is the only place that
-/// names the world communicator.
+/// Owns MPI: initialises it, finalizes it in the destructor unless an exception is in flight, and is the only
+/// place that names the world communicator.
 class Runtime {
  public:
   Runtime(int& argc, char**& argv);
@@ -13,8 +13,8 @@ class Runtime {
   Runtime& operator=(const Runtime&) = delete;
 
   [[nodiscard]] const Communicator& world() const;
-  /// Ends all ranks at once with `code` (MPI_Abort). The only correct end for a failure that the others do not know of:
-  /// a rank that leaves by finalizing lets them hang.
+  /// Ends all ranks at once with `code` (MPI_Abort). The only correct end for a failure that the others do
+  /// not know of: a rank that leaves by finalizing lets them hang.
   [[noreturn]] void abort(ExitCode code) const;
 
  private:

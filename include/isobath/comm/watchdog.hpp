@@ -5,11 +5,13 @@
 
 namespace isobath::comm {
 
-/// Ends the job when this rank waits for others longer than a limit: a network loss or a stopped peer is otherwise a silent
-/// stall for ever. Armed by every blocking wait of Communicator; names rank, host, stage of work and operation.
+/// Ends the job when this rank waits for others longer than a limit: a network loss or a stopped peer is
+/// otherwise a silent stall for ever. Armed by every blocking wait of Communicator; names rank, host, stage
+/// of work and operation.
 class Watchdog {
  public:
-  /// limit of 0 s: off, which ends the watching thread (the state before the first call, and after Runtime). Local.
+  /// limit of 0 s: off, which ends the watching thread (the state before the first call, and after Runtime).
+  /// Local.
   static void configure(std::chrono::seconds limit);
   /// What this rank is doing ("quantize, block 12, gate/up"), for the message.
   static void set_activity(std::string activity);

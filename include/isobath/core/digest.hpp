@@ -5,11 +5,14 @@
 #include <span>
 #include <string>
 
-namespace at { class Tensor; }
+namespace at {
+class Tensor;
+}
 
 namespace isobath {
 
-/// Streaming XXH3 128-bit checksum, 32 lower-case hex digits. Detects damage, not malice; runs at memory speed.
+/// Streaming XXH3 128-bit checksum, 32 lower-case hex digits. Detects damage, not malice; runs at memory
+/// speed.
 class Digest {
  public:
   Digest();
@@ -30,7 +33,8 @@ class Digest {
 /// XXH3-128 of a whole file's bytes, read with `pread` in 8 MiB pieces. Throws IoError.
 [[nodiscard]] std::string file_digest(const std::filesystem::path& path);
 
-/// SHA-256 of a whole file, 64 lower-case hex digits (the digest other tools record, e.g. of tokenizer.json). Throws IoError.
+/// SHA-256 of a whole file, 64 lower-case hex digits (the digest other tools record, e.g. of tokenizer.json).
+/// Throws IoError.
 [[nodiscard]] std::string file_sha256(const std::filesystem::path& path);
 
 }  // namespace isobath

@@ -43,8 +43,8 @@ using CheckpointError = ErrorOf<ExitCode::checkpoint>;
 using InternalError = ErrorOf<ExitCode::internal>;
 using StopRequested = ErrorOf<ExitCode::stopped>;
 
-/// The same failure on every rank of a communicator, raised by `Communicator::agree`: all ranks unwind and finalize
-/// normally, and only rank 0 prints. Its message already lists the ranks that failed.
+/// The same failure on every rank of a communicator, raised by `Communicator::agree`: all ranks unwind and
+/// finalize normally, and only rank 0 prints. Its message already lists the ranks that failed.
 class AgreedFailure : public Error {
  public:
   using Error::Error;
@@ -69,7 +69,7 @@ template <class E, class... Arguments>
 }  // namespace isobath
 
 /// Verifies a precondition of the header's contract; throws InternalError. Never for user input: use fail<…>.
-#define ISOBATH_CHECK(condition, ...)                                        \
-  do {                                                                       \
+#define ISOBATH_CHECK(condition, ...)                                                     \
+  do {                                                                                    \
     if (!(condition)) ::isobath::contract_violated(#condition, fmt::format(__VA_ARGS__)); \
   } while (false)

@@ -5,8 +5,9 @@
 #include <string_view>
 #include <utility>
 
-/// The one place of the program that prints. Rank 0 logs to stderr from `info` up, other ranks only warnings and errors,
-/// each line then prefixed with `[rank r]`. Results for the user (tables) go to stdout through `print`.
+/// The one place of the program that prints. Rank 0 logs to stderr from `info` up, other ranks only warnings
+/// and errors, each line then prefixed with `[rank r]`. Results for the user (tables) go to stdout through
+/// `print`.
 namespace isobath::log {
 
 enum class Level { debug, info, warning, error };
@@ -25,12 +26,20 @@ void end_status_line();
 [[nodiscard]] bool is_terminal();
 
 template <class... A>
-void debug(fmt::format_string<A...> f, A&&... a) { write(Level::debug, fmt::format(f, std::forward<A>(a)...)); }
+void debug(fmt::format_string<A...> f, A&&... a) {
+  write(Level::debug, fmt::format(f, std::forward<A>(a)...));
+}
 template <class... A>
-void info(fmt::format_string<A...> f, A&&... a) { write(Level::info, fmt::format(f, std::forward<A>(a)...)); }
+void info(fmt::format_string<A...> f, A&&... a) {
+  write(Level::info, fmt::format(f, std::forward<A>(a)...));
+}
 template <class... A>
-void warning(fmt::format_string<A...> f, A&&... a) { write(Level::warning, fmt::format(f, std::forward<A>(a)...)); }
+void warning(fmt::format_string<A...> f, A&&... a) {
+  write(Level::warning, fmt::format(f, std::forward<A>(a)...));
+}
 template <class... A>
-void error(fmt::format_string<A...> f, A&&... a) { write(Level::error, fmt::format(f, std::forward<A>(a)...)); }
+void error(fmt::format_string<A...> f, A&&... a) {
+  write(Level::error, fmt::format(f, std::forward<A>(a)...));
+}
 
 }  // namespace isobath::log

@@ -13,7 +13,8 @@ struct Range {
   bool operator==(const Range&) const = default;
 };
 
-/// Contiguous share `part` of `n_items` dealt over `n_parts`; the first n_items % n_parts shares hold one more.
+/// Contiguous share `part` of `n_items` dealt over `n_parts`; the first n_items % n_parts shares hold one
+/// more.
 ///
 ///   n_items = 16, n_parts = 3:  [0, 6) [6, 11) [11, 16)
 ///   n_items = 2,  n_parts = 4:  [0, 1) [1, 2) [2, 2) [2, 2)

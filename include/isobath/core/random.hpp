@@ -7,8 +7,8 @@ namespace isobath {
 /// What a random number is for; part of its key, so that two uses never share numbers.
 enum class RandomPurpose : uint32_t { fisher_label = 1, probe_sign = 2, sequence_sample = 3 };
 
-/// Counter-based random numbers: a value depends only on its key and counter, never on who asks or in which order,
-/// so any rank computes the same number for the same token.
+/// Counter-based random numbers: a value depends only on its key and counter, never on who asks or in which
+/// order, so any rank computes the same number for the same token.
 ///
 /// Source   Philox4x32-10: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC11).
 class CounterRandom {
@@ -26,6 +26,7 @@ class CounterRandom {
 };
 
 /// The bare Philox4x32-10 block function, for known-answer tests.
-[[nodiscard]] std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key);
+[[nodiscard]] std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter,
+                                                 std::array<uint32_t, 2> key);
 
 }  // namespace isobath

@@ -5,8 +5,8 @@
 
 namespace isobath::data {
 
-/// A fixed group of sequences that travels through the pipeline together. Its shape depends on the configuration only,
-/// never on the number of ranks.
+/// A fixed group of sequences that travels through the pipeline together. Its shape depends on the
+/// configuration only, never on the number of ranks.
 struct Microbatch {
   int64_t index;    ///< position in the global order
   int64_t shard;    ///< logical shard it belongs to
@@ -15,7 +15,8 @@ struct Microbatch {
 
 /// Deals sequences to logical shards by index and cuts each shard into microbatches (ARCHITECTURE §5).
 ///
-///   10 sequences, 4 shards, microbatch 2: shards [0,3) [3,6) [6,8) [8,10); microbatches {0,1}{2} {3,4}{5} {6,7} {8,9}
+///   10 sequences, 4 shards, microbatch 2: shards [0,3) [3,6) [6,8) [8,10); microbatches {0,1}{2} {3,4}{5}
+///   {6,7} {8,9}
 class ShardPlan {
  public:
   /// n_shards is lowered to n_sequences when larger.

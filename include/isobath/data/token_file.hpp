@@ -23,15 +23,16 @@ struct TokenSet {
 struct TokenRequirements {
   int64_t vocab_size = 0;
   std::string tokenizer_sha256{};  ///< of the model's tokenizer.json; empty: not compared
-  int64_t n_sequences = 0;       ///< first n sequences are taken; 0: all
-  int64_t length = 0;            ///< first `length` tokens of each; 0: all. Longer rows are cut, shorter ones an error
+  int64_t n_sequences = 0;         ///< first n sequences are taken; 0: all
+  int64_t length = 0;  ///< first `length` tokens of each; 0: all. Longer rows are cut, shorter ones an error
 };
 
-/// Reads a token file (.safetensors, .h5/.hdf5; layout in docs/formats.md): rank 0 reads and verifies, all receive.
+/// Reads a token file (.safetensors, .h5/.hdf5; layout in docs/formats.md): rank 0 reads and verifies, all
+/// receive.
 ///
-/// Collective over `comm`. Throws AgreedFailure (code data) for: no or empty tokens, wrong dtype or rank, a token < 0 or >= vocab_size
-/// (names the first: sequence, position, value), lengths outside [2, T], fewer sequences than asked (says how many there are),
-/// another tokenizer (both digests).
+/// Collective over `comm`. Throws AgreedFailure (code data) for: no or empty tokens, wrong dtype or rank, a
+/// token < 0 or >= vocab_size (names the first: sequence, position, value), lengths outside [2, T], fewer
+/// sequences than asked (says how many there are), another tokenizer (both digests).
 [[nodiscard]] TokenSet open_tokens(const std::filesystem::path& path, const TokenRequirements& requirements,
                                    const comm::Communicator& comm);
 

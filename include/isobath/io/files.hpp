@@ -4,15 +4,16 @@
 #include <string>
 #include <string_view>
 
-/// Small files whole, and the pieces of the commit protocol. All throw IoError naming path and system message;
-/// "No space left" adds needed and free bytes.
+/// Small files whole, and the pieces of the commit protocol. All throw IoError naming path and system
+/// message; "No space left" adds needed and free bytes.
 namespace isobath::io {
 
 namespace fs = std::filesystem;
 
 /// Whole file as text. `max_bytes` bounds what is read (DataError above it).
 [[nodiscard]] std::string read_text(const fs::path& path, int64_t max_bytes = int64_t{1} << 28);
-/// Writes `path`.tmp, fsyncs, renames over `path`, fsyncs the directory: the old or the new content, never a part.
+/// Writes `path`.tmp, fsyncs, renames over `path`, fsyncs the directory: the old or the new content, never a
+/// part.
 void write_text_atomically(const fs::path& path, std::string_view text);
 void sync_file(const fs::path& path);
 void sync_directory(const fs::path& path);

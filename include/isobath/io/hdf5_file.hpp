@@ -13,10 +13,11 @@ namespace isobath::io {
 
 using Attribute = std::variant<int64_t, double, std::string, std::vector<std::string>>;
 
-/// Writes a new HDF5 file (serial, default library version bounds, no time stamps: equal content gives equal bytes).
-/// Datasets are contiguous; dtypes f32, f64, i8, u8, i32, i64, bf16 (stored as u16 with attribute dtype="bfloat16").
-/// A failure is remembered: `commit` then throws IoError and removes the temporary file; HDF5 alone reports a full disk only
-/// sometimes (RELIABILITY: H5dont_atexit, strong close, sticky error, re-read).
+/// Writes a new HDF5 file (serial, default library version bounds, no time stamps: equal content gives equal
+/// bytes). Datasets are contiguous; dtypes f32, f64, i8, u8, i32, i64, bf16 (stored as u16 with attribute
+/// dtype="bfloat16"). A failure is remembered: `commit` then throws IoError and removes the temporary file;
+/// HDF5 alone reports a full disk only sometimes (RELIABILITY: H5dont_atexit, strong close, sticky error,
+/// re-read).
 class Hdf5Writer {
  public:
   /// Creates `path`.tmp. Throws IoError.
@@ -29,8 +30,8 @@ class Hdf5Writer {
   void write(const std::string& name, const at::Tensor& tensor);
   /// object "" or "/" is the root group; else an existing dataset or group.
   void attribute(const std::string& object, const std::string& name, const Attribute& value);
-  /// Strong close, fsync, re-open and compare every dataset's bytes with the digest taken when it was written, rename to
-  /// `path`, fsync the directory.
+  /// Strong close, fsync, re-open and compare every dataset's bytes with the digest taken when it was
+  /// written, rename to `path`, fsync the directory.
   void commit();
 
  private:

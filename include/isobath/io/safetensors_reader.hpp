@@ -17,9 +17,9 @@ struct TensorInfo {
   int64_t end;
 };
 
-/// A safetensors file, opened strictly: everything of FORMATS §1 is verified from the header alone; data is read by
-/// `pread` (a file that shrinks is an error, not a SIGBUS). Thread-safe after construction. Throws DataError for a bad file
-/// (naming file, tensor and rule), IoError when it cannot be read.
+/// A safetensors file, opened strictly: everything of FORMATS §1 is verified from the header alone; data is
+/// read by `pread` (a file that shrinks is an error, not a SIGBUS). Thread-safe after construction. Throws
+/// DataError for a bad file (naming file, tensor and rule), IoError when it cannot be read.
 class SafetensorsReader {
  public:
   explicit SafetensorsReader(const std::filesystem::path& path);
@@ -45,9 +45,10 @@ class SafetensorsReader {
   std::unique_ptr<State> state_;
 };
 
-/// A Hugging Face checkpoint directory: `model.safetensors`, or `model.safetensors.index.json` and its shards. Opening
-/// reads and verifies the headers of all shards named by the index: each weight_map entry must stand in its shard; shard names
-/// must be plain file names (no separators). A missing, truncated or malformed shard is a DataError naming shard and tensor.
+/// A Hugging Face checkpoint directory: `model.safetensors`, or `model.safetensors.index.json` and its
+/// shards. Opening reads and verifies the headers of all shards named by the index: each weight_map entry
+/// must stand in its shard; shard names must be plain file names (no separators). A missing, truncated or
+/// malformed shard is a DataError naming shard and tensor.
 class ShardedReader {
  public:
   explicit ShardedReader(const std::filesystem::path& directory);

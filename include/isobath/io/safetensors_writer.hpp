@@ -11,9 +11,10 @@ namespace isobath::io {
 
 using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
 
-/// Writes one safetensors file atomically (temporary name in the same directory, fsync, rename). Byte-deterministic:
-/// tensors are laid out by descending dtype size, then name, as the reference writer does; the header is padded with spaces to
-/// 8 bytes; metadata keys sorted. Throws IoError (disk full: needed and free bytes) and leaves no file behind.
+/// Writes one safetensors file atomically (temporary name in the same directory, fsync, rename).
+/// Byte-deterministic: tensors are laid out by descending dtype size, then name, as the reference writer
+/// does; the header is padded with spaces to 8 bytes; metadata keys sorted. Throws IoError (disk full: needed
+/// and free bytes) and leaves no file behind.
 void write_safetensors(const std::filesystem::path& path, const NamedTensors& tensors,
                        const std::map<std::string, std::string>& metadata);
 

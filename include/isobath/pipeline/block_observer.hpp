@@ -13,20 +13,22 @@
 
 namespace isobath::pipeline {
 
-/// Collects the statistics of one block's seven linears on one rank during the backward passes of its replica's microbatches, and reduces
-/// them over the replicas in an order fixed by the logical shards.
+/// Collects the statistics of one block's seven linears on one rank during the backward passes of its
+/// replica's microbatches, and reduces them over the replicas in an order fixed by the logical shards.
 class BlockObserver {
  public:
   BlockObserver(const Session& session, const CalibrationSet& calibration, int64_t block);
 
   /// Applies a linear so that its backward is observed for `microbatch` and Fisher sample `sample`.
-  [[nodiscard]] at::Tensor apply(model::Projection projection, const at::Tensor& x, const model::Linear& linear);
+  [[nodiscard]] at::Tensor apply(model::Projection projection, const at::Tensor& x,
+                                 const model::Linear& linear);
   /// What the backward passes that follow belong to.
   void begin(const data::Microbatch& microbatch, int64_t sample);
   /// Closes the microbatch after its last sample; closes its logical shard when `is_last_of_shard`.
   void finish_microbatch(bool is_last_of_shard);
 
-  /// Collective over the replicas of this stage: the whole calibration set's statistics on replica 0; empty tensors elsewhere.
+  /// Collective over the replicas of this stage: the whole calibration set's statistics on replica 0; empty
+  /// tensors elsewhere.
   [[nodiscard]] BlockStatistics reduce();
 
  private:
@@ -36,8 +38,8 @@ class BlockObserver {
     std::vector<sensitivity::Covariance> shard_covariances;  // one a row group
     std::vector<comm::TreeSum> sums;                         // one: the sums of ChannelStatistics
     std::vector<comm::TreeSum> maxima;
-    std::vector<comm::TreeSum> covariances;                  // one a row group
-    at::Tensor input;                                        // of this microbatch, kept when covariances are asked for
+    std::vector<comm::TreeSum> covariances;  // one a row group
+    at::Tensor input;                        // of this microbatch, kept when covariances are asked for
   };
   void observe(Module& module, model::Projection projection, const at::Tensor& x, const at::Tensor& gradient);
   void open_shard(Module& module, int64_t n_channels);

@@ -16,14 +16,14 @@ struct ModuleRecord {
   std::string module;
   int bits = 0;
   int64_t group = 0;
-  std::string weighting;          ///< what H was in the end: "sensitivity", "none", or "round_to_nearest"
-  double damping = 0;             ///< λ that worked (the largest over row groups)
-  int64_t n_fallbacks = 0;        ///< damping steps and fallbacks of H
+  std::string weighting;    ///< what H was in the end: "sensitivity", "none", or "round_to_nearest"
+  double damping = 0;       ///< λ that worked (the largest over row groups)
+  int64_t n_fallbacks = 0;  ///< damping steps and fallbacks of H
   double effective_samples_per_channel = 0;  ///< n_eff / d_in (the smallest over row groups)
-  double objective_rounded = 0;   ///< ½ tr(ΔW H ΔWᵀ) of round-to-nearest on the same grid
-  double objective = 0;           ///< … of the codes that were chosen
-  double bits_per_weight = 0;     ///< scales and zeros included
-  double wall_s = 0;              ///< not written to modules.json: it differs from run to run
+  double objective_rounded = 0;              ///< ½ tr(ΔW H ΔWᵀ) of round-to-nearest on the same grid
+  double objective = 0;                      ///< … of the codes that were chosen
+  double bits_per_weight = 0;                ///< scales and zeros included
+  double wall_s = 0;                         ///< not written to modules.json: it differs from run to run
 };
 
 /// A linear to solve, with what its H needs.
@@ -33,35 +33,43 @@ struct SolveTask {
   at::Tensor token_weights;  ///< [n, T, row_groups] f32 raw D of all sequences, or undefined: D = 1
 };
 
-/// Calls its argument with (position of the microbatch in the rank's list, input X [b, T, d_in]) for each local microbatch in order.
-using ForEachInput = std::function<void(const std::function<void(const data::Microbatch&, const at::Tensor&)>&)>;
+/// Calls its argument with (position of the microbatch in the rank's list, input X [b, T, d_in]) for each
+/// local microbatch in order.
+using ForEachInput =
+    std::function<void(const std::function<void(const data::Microbatch&, const at::Tensor&)>&)>;
 
 struct Solved {
   quant::QuantizedMatrix matrix;  ///< replicated
   ModuleRecord record;            ///< replicated
 };
 
-/// Quantizes the linears of one input set with all ranks at work: each accumulates H over its own sequences, the partial sums meet along the
-/// fixed tree on the rank that factorizes, the factor is broadcast, the row tiles are dealt to the ranks, the codes return to all.
+/// Quantizes the linears of one input set with all ranks at work: each accumulates H over its own sequences,
+/// the partial sums meet along the fixed tree on the rank that factorizes, the factor is broadcast, the row
+/// tiles are dealt to the ranks, the codes return to all.
 ///
-/// Memory   per module and row group: two d² f32 and ⌈log₂ shards⌉ partial sums; the factorizing rank two d² f64 more.
-/// Network  per H: ⌈log₂ ranks⌉ messages of d² f32 on the critical path, one broadcast of the factor, one exchange of codes.
-/// Collective over the session's world.
+/// Memory   per module and row group: two d² f32 and ⌈log₂ shards⌉ partial sums; the factorizing rank two d²
+/// f64 more. Network  per H: ⌈log₂ ranks⌉ messages of d² f32 on the critical path, one broadcast of the
+/// factor, one exchange of codes. Collective over the session's world.
 class BlockSolver {
  public:
   BlockSolver(const Session& session, const CalibrationSet& calibration);
 
-  /// weights: the original linears, rows of a module are [d_out, d_in] in compute dtype or wider. set_name: for errors.
-  [[nodiscard]] std::vector<Solved> solve(int64_t block, const std::vector<SolveTask>& tasks, const model::BlockWeights& weights,
+  /// weights: the original linears, rows of a module are [d_out, d_in] in compute dtype or wider. set_name:
+  /// for errors.
+  [[nodiscard]] std::vector<Solved> solve(int64_t block, const std::vector<SolveTask>& tasks,
+                                          const model::BlockWeights& weights,
                                           const ForEachInput& for_each_input) const;
 
  private:
   struct Unit;
-  [[nodiscard]] std::vector<Unit> make_units(const std::vector<SolveTask>& tasks, const model::BlockWeights& weights) const;
+  [[nodiscard]] std::vector<Unit> make_units(const std::vector<SolveTask>& tasks,
+                                             const model::BlockWeights& weights) const;
   void accumulate(std::vector<Unit>& units, int64_t n_channels, const ForEachInput& for_each_input) const;
   void factorize(Unit& unit) const;
-  void solve_rows(const Unit& unit, const SolveTask& task, const at::Tensor& weight, quant::QuantizedMatrix& matrix) const;
-  void score(const Unit& unit, const at::Tensor& weight, const quant::QuantizedMatrix& matrix, ModuleRecord& record) const;
+  void solve_rows(const Unit& unit, const SolveTask& task, const at::Tensor& weight,
+                  quant::QuantizedMatrix& matrix) const;
+  void score(const Unit& unit, const at::Tensor& weight, const quant::QuantizedMatrix& matrix,
+             ModuleRecord& record) const;
 
   const Session& session_;
   const CalibrationSet& calibration_;

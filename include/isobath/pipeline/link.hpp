@@ -8,15 +8,20 @@
 
 namespace isobath::pipeline {
 
-/// One direction of a pipeline: tensors leave to one neighbour and arrive from the other, in order, while the stage computes. Forward and
-/// backward use separate links, so that a device backend with one queue a link cannot wait in a circle.
+/// One direction of a pipeline: tensors leave to one neighbour and arrive from the other, in order, while the
+/// stage computes. Forward and backward use separate links, so that a device backend with one queue a link
+/// cannot wait in a circle.
 class Link {
  public:
   /// Collective over `pipeline`. source, destination: ranks in it; −1: none.
   Link(const comm::Communicator& pipeline, c10::Device device, int source, int destination)
-      : comm_(pipeline.duplicate()), device_comm_(comm_, device), source_(source), destination_(destination) {}
+      : comm_(pipeline.duplicate()),
+        device_comm_(comm_, device),
+        source_(source),
+        destination_(destination) {}
 
-  /// Starts sending `tensor` (kept alive until sent). Waits for the send before the previous one: at most two are under way.
+  /// Starts sending `tensor` (kept alive until sent). Waits for the send before the previous one: at most two
+  /// are under way.
   void send(at::Tensor tensor) {
     if (destination_ < 0) return;
     while (outgoing_.size() >= 2) finish_oldest_send();

@@ -8,9 +8,11 @@
 
 namespace isobath::pipeline {
 
-/// The quantized checkpoint under construction: `model.partial/`, renamed to `model/` when everything is in it.
+/// The quantized checkpoint under construction: `model.partial/`, renamed to `model/` when everything is in
+/// it.
 ///
-/// Shards   model-00001-of-N: what stands outside the blocks; model-(b+2)-of-N: block b. So every block is written once, by the rank
+/// Shards   model-00001-of-N: what stands outside the blocks; model-(b+2)-of-N: block b. So every block is
+/// written once, by the rank
 ///          that owns it, as soon as it is solved; index and config.json come last.
 class ModelOutput {
  public:
@@ -18,14 +20,16 @@ class ModelOutput {
 
   [[nodiscard]] const std::filesystem::path& partial_directory() const { return partial_; }
 
-  /// Collective: makes the directory and lets the first rank write the shard of the tensors outside the blocks. Returns its name there.
+  /// Collective: makes the directory and lets the first rank write the shard of the tensors outside the
+  /// blocks. Returns its name there.
   [[nodiscard]] std::vector<std::string> write_outside_blocks() const;
-  /// Local, on the rank that owns the block: packs the quantized linears and copies the rest. Returns the file's name.
-  /// Linears without a matrix are copied as they are.
-  [[nodiscard]] std::string write_block(int64_t block,
-                                        const std::map<model::Projection, quant::QuantizedMatrix>& matrices) const;
+  /// Local, on the rank that owns the block: packs the quantized linears and copies the rest. Returns the
+  /// file's name. Linears without a matrix are copied as they are.
+  [[nodiscard]] std::string write_block(
+      int64_t block, const std::map<model::Projection, quant::QuantizedMatrix>& matrices) const;
   /// Collective: copies tokenizer and generation files, writes index and config.json, renames to `model/`.
-  void finish(const std::map<std::string, quant::GridSpec>& modules, const std::vector<std::string>& ignored) const;
+  void finish(const std::map<std::string, quant::GridSpec>& modules,
+              const std::vector<std::string>& ignored) const;
 
  private:
   [[nodiscard]] std::string shard_name(int64_t index) const;

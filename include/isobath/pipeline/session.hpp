@@ -15,7 +15,8 @@
 
 namespace isobath::pipeline {
 
-/// What every stage of a run shares: who the ranks are, which blocks each holds, in which precision they compute.
+/// What every stage of a run shares: who the ranks are, which blocks each holds, in which precision they
+/// compute.
 struct Session {
   config::RunConfig config;
   std::shared_ptr<const model::CheckpointReader> source;  ///< the original model; headers only
@@ -32,9 +33,11 @@ struct Session {
   [[nodiscard]] bool is_last_stage() const { return grid->stage() + 1 == grid->shape().stages; }
 };
 
-/// Opens the model, forms the grid, balances the stages, sets the threads. `n_microbatches` steers the automatic choice of the grid.
+/// Opens the model, forms the grid, balances the stages, sets the threads. `n_microbatches` steers the
+/// automatic choice of the grid.
 ///
-/// Collective over `world`. Throws AgreedFailure: data for a bad checkpoint; config when the ranks cannot be split as asked.
+/// Collective over `world`. Throws AgreedFailure: data for a bad checkpoint; config when the ranks cannot be
+/// split as asked.
 [[nodiscard]] Session open_session(const config::RunConfig& config, int64_t n_microbatches,
                                    const comm::Communicator& world);
 
@@ -43,8 +46,12 @@ struct CalibrationSet {
   data::TokenSet tokens;  ///< replicated
   data::ShardPlan shards;
   /// Rows [sequences] of tokens and lengths.
-  [[nodiscard]] at::Tensor tokens_of(Range sequences) const { return tokens.tokens.slice(0, sequences.begin, sequences.end); }
-  [[nodiscard]] at::Tensor lengths_of(Range sequences) const { return tokens.lengths.slice(0, sequences.begin, sequences.end); }
+  [[nodiscard]] at::Tensor tokens_of(Range sequences) const {
+    return tokens.tokens.slice(0, sequences.begin, sequences.end);
+  }
+  [[nodiscard]] at::Tensor lengths_of(Range sequences) const {
+    return tokens.lengths.slice(0, sequences.begin, sequences.end);
+  }
   /// [b, T] bool, true for real tokens; undefined when none of the sequences is padded.
   [[nodiscard]] at::Tensor mask_of(Range sequences) const;
 };
@@ -59,11 +66,14 @@ struct StageWeights {
   model::HeadWeights head;  ///< last stage only
 };
 
-/// Reads this rank's share of `checkpoint`. Collective only in agreeing on failure (AgreedFailure: data, numeric, io).
+/// Reads this rank's share of `checkpoint`. Collective only in agreeing on failure (AgreedFailure: data,
+/// numeric, io).
 [[nodiscard]] StageWeights load_stage(const Session& session, const model::CheckpointReader& checkpoint);
 
-/// What must be equal for a resume: every configuration key that the result depends on, the model, the tokens, the precision.
-[[nodiscard]] checkpoint::Fingerprint fingerprint_of(const Session& session, const CalibrationSet& calibration);
+/// What must be equal for a resume: every configuration key that the result depends on, the model, the
+/// tokens, the precision.
+[[nodiscard]] checkpoint::Fingerprint fingerprint_of(const Session& session,
+                                                     const CalibrationSet& calibration);
 
 /// SHA-256 of a model directory's tokenizer.json; empty when there is none.
 [[nodiscard]] std::string tokenizer_digest(const std::filesystem::path& model_directory);

@@ -25,7 +25,8 @@ using BlockStatistics = std::array<ModuleStatistics, model::kProjections>;
 /// Text attributes of the root group: model, loss, … the same in every block's file.
 using StatisticsHeader = std::map<std::string, std::string>;
 
-/// `directory`/block-00007.h5: one self-describing file a block, readable with h5py. The layout is in docs/formats.md.
+/// `directory`/block-00007.h5: one self-describing file a block, readable with h5py. The layout is in
+/// docs/formats.md.
 [[nodiscard]] std::filesystem::path statistics_path(const std::filesystem::path& directory, int64_t block);
 
 /// Writes a block's file atomically. Local. Throws IoError.
@@ -33,11 +34,12 @@ void write_statistics(const std::filesystem::path& directory, int64_t block, con
                       const BlockStatistics& statistics);
 
 /// Token weights of a block's seven linears, [n, T, row_groups] each. Local. Throws DataError or IoError.
-[[nodiscard]] std::array<at::Tensor, model::kProjections> read_token_weights(const std::filesystem::path& directory,
-                                                                             int64_t block);
+[[nodiscard]] std::array<at::Tensor, model::kProjections> read_token_weights(
+    const std::filesystem::path& directory, int64_t block);
 
-/// Compares the header of a finished statistics directory with `expected`; throws ConfigError naming each difference with both values.
-/// Local.
-void require_header(const std::filesystem::path& directory, const StatisticsHeader& expected, int64_t n_blocks);
+/// Compares the header of a finished statistics directory with `expected`; throws ConfigError naming each
+/// difference with both values. Local.
+void require_header(const std::filesystem::path& directory, const StatisticsHeader& expected,
+                    int64_t n_blocks);
 
 }  // namespace isobath::pipeline

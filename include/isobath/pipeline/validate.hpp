@@ -6,7 +6,8 @@
 
 namespace isobath::pipeline {
 
-/// Throws ConfigError listing every module that the options do not fit (group that does not divide, row groups). Local.
+/// Throws ConfigError listing every module that the options do not fit (group that does not divide, row
+/// groups). Local.
 void require_quantizable(const config::RunConfig& config, const model::ModelConfig& model);
 
 /// "16, 32, 64, channel": the usual group sizes that divide `columns`.
