@@ -67,9 +67,9 @@ std::string closing_table(const Session& session, const Closing& closing, const 
   };
   if (closing.measured) add_time("measure", closing.measured->wall_s);
   if (closing.quantized) add_time("quantize", closing.quantized->wall_s);
-  text += fmt::format("time {}{}; {} ranks, peak memory per rank {:.2f} GiB (largest), {:.2f} GiB (mean)\n",
+  text += fmt::format("time {}{}; {} rank{}, peak memory per rank {:.2f} GiB (largest), {:.2f} GiB (mean)\n",
                       report::Progress::format_duration(wall_s), times.empty() ? "" : " (" + times + ")",
-                      world.size(), static_cast<double>(largest) / (1 << 30),
+                      world.size(), world.size() == 1 ? "" : "s", static_cast<double>(largest) / (1 << 30),
                       static_cast<double>(total) / world.size() / (1 << 30));
   if (!run.empty()) text += fmt::format("in {}\n", run.string());
   return text;

@@ -121,7 +121,7 @@ Session open_session(const config::RunConfig& config, int64_t n_microbatches,
   const int n_cores = static_cast<int>(std::thread::hardware_concurrency());
   session.threads = config.ranks.threads > 0 ? config.ranks.threads : std::max(1, n_cores / n_ranks_on_node);
   at::set_num_threads(session.threads);
-  log::info("{} ranks = {} stages x {} replicas, {} threads each, {} on {}", world.size(), shape.stages,
+  log::info("ranks {} = stages {} x replicas {}, threads per rank {}, {} on {}", world.size(), shape.stages,
             shape.replicas, session.threads, c10::toString(session.dtype), session.device.str());
   return session;
 }
