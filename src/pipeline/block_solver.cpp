@@ -39,6 +39,23 @@ at::Tensor robust_weights(const at::Tensor& raw, const config::Sensitivity& sens
   return mean > 0 ? robust / mean : robust;
 }
 
+// All zero, so that ranks can fill in their rows and share them.
+quant::QuantizedMatrix zero_matrix(int64_t n_rows, int64_t n_columns, const quant::GridSpec& grid) {
+  const int64_t n_groups = quant::n_groups(n_columns, grid);
+  return {.spec = grid,
+          .codes = at::zeros({n_rows, n_columns}, at::kChar),
+          .scale = at::zeros({n_rows, n_groups}, grid.storage),
+          .zero = at::zeros({n_rows, n_groups}, at::kChar)};
+}
+
+// Copies `part` over the rows of `whole` from `begin`.
+void put_rows(quant::QuantizedMatrix& whole, int64_t begin, const quant::QuantizedMatrix& part) {
+  const int64_t end = begin + part.codes.size(0);
+  whole.codes.slice(0, begin, end).copy_(part.codes);
+  whole.scale.slice(0, begin, end).copy_(part.scale);
+  whole.zero.slice(0, begin, end).copy_(part.zero);
+}
+
 }  // namespace
 
 BlockSolver::BlockSolver(const Session& session, const CalibrationSet& calibration)
@@ -164,9 +181,7 @@ void BlockSolver::solve_rows(const Unit& unit, const SolveTask& task, const at::
     const at::Tensor w = weight.slice(0, begin, end).to(at::kCPU, at::kFloat).contiguous();
     const quant::QuantizedMatrix part = unit.factor.failed ? quant::round_to_nearest(w, {}, task.grid)
                                                            : quant::gptq(w, unit.factor, task.grid);
-    matrix.codes.slice(0, begin, end).copy_(part.codes);
-    matrix.scale.slice(0, begin, end).copy_(part.scale);
-    matrix.zero.slice(0, begin, end).copy_(part.zero);
+    put_rows(matrix, begin, part);
   }
   for (at::Tensor* part : {&matrix.codes, &matrix.scale, &matrix.zero}) share_disjoint(*part, world);
 }
@@ -217,11 +232,7 @@ std::vector<Solved> BlockSolver::solve(int64_t block, const std::vector<SolveTas
   for (size_t t = 0; t < tasks.size(); ++t) {
     const at::Tensor& weight = weights[tasks[t].projection].weight;
     Solved& result = solved[t];
-    const int64_t n_rows = weight.size(0), n_groups = quant::n_groups(weight.size(1), tasks[t].grid);
-    result.matrix = {.spec = tasks[t].grid,
-                     .codes = at::zeros(weight.sizes(), at::kChar),
-                     .scale = at::zeros({n_rows, n_groups}, tasks[t].grid.storage),
-                     .zero = at::zeros({n_rows, n_groups}, at::kChar)};
+    result.matrix = zero_matrix(weight.size(0), weight.size(1), tasks[t].grid);
     ModuleRecord& record = result.record;
     record.module = model::module_name(block, tasks[t].projection);
     record.bits = tasks[t].grid.bits;
@@ -232,15 +243,10 @@ std::vector<Solved> BlockSolver::solve(int64_t block, const std::vector<SolveTas
       for (const Unit::Rows& served : unit.serves) {
         if (served.task != t) continue;
         const at::Tensor rows = weight.slice(0, served.rows.begin, served.rows.end);
-        quant::QuantizedMatrix part{.spec = tasks[t].grid,
-                                    .codes = at::zeros(rows.sizes(), at::kChar),
-                                    .scale = at::zeros({rows.size(0), n_groups}, tasks[t].grid.storage),
-                                    .zero = at::zeros({rows.size(0), n_groups}, at::kChar)};
+        quant::QuantizedMatrix part = zero_matrix(rows.size(0), rows.size(1), tasks[t].grid);
         solve_rows(unit, tasks[t], rows, part);
         score(unit, rows, part, record);
-        result.matrix.codes.slice(0, served.rows.begin, served.rows.end).copy_(part.codes);
-        result.matrix.scale.slice(0, served.rows.begin, served.rows.end).copy_(part.scale);
-        result.matrix.zero.slice(0, served.rows.begin, served.rows.end).copy_(part.zero);
+        put_rows(result.matrix, served.rows.begin, part);
         record.damping = std::max(record.damping, unit.factor.damping);
         record.n_fallbacks += unit.n_fallbacks + (unit.factor.failed ? 1 : 0);
         record.weighting = unit.factor.failed ? "round_to_nearest"

@@ -58,7 +58,8 @@ class QuantizePass {
         solver_(session, calibration),
         device_comm_(session.world(), session.device),
         activations_(session, calibration),
-        needs_hidden_(session.config.quantization.solver != "round_to_nearest") {
+        needs_hidden_(session.config.quantization.solver != "round_to_nearest"),
+        is_weighted_(needs_hidden_ && session.config.quantization.weighting == "sensitivity") {
     state_.stage = "quantize";
     state_.seed = session.config.calibration.seed;
   }
@@ -73,7 +74,7 @@ class QuantizePass {
       while (state_.next_block < session_.model().n_blocks) {
         const int64_t block = state_.next_block;
         comm::Watchdog::set_activity(fmt::format("quantize, block {}", block));
-        if (needs_hidden_ && reestimate.policy == "every" && block > 0 && block % reestimate.blocks == 0 &&
+        if (is_weighted_ && reestimate.policy == "every" && block > 0 && block % reestimate.blocks == 0 &&
             state_.sensitivity_from_block < block)
           estimate_again(block);
         quantize_block(block, progress);
@@ -198,10 +199,9 @@ class QuantizePass {
   void quantize_block(int64_t block, report::Progress& progress) {
     const at::NoGradGuard no_grad;
     const Timer timer;
-    const bool is_weighted = session_.config.quantization.weighting == "sensitivity" && needs_hidden_;
     model::BlockWeights weights = share_block(block);
     std::array<at::Tensor, model::kProjections> token_weights;
-    if (is_weighted)
+    if (is_weighted_)
       session_.world().agree_on([&] { token_weights = read_token_weights(current_statistics(), block); });
 
     matrices_.clear();
@@ -371,6 +371,7 @@ class QuantizePass {
   comm::DeviceCommunicator device_comm_;
   PrefixActivations activations_;
   bool needs_hidden_;  // round-to-nearest looks at weights only
+  bool is_weighted_;   // D weights H, so there is something to estimate again
   checkpoint::RunState state_;
   std::map<Projection, quant::QuantizedMatrix> matrices_;  // of the block in work
   std::vector<std::string> new_outputs_;

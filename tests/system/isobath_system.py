@@ -248,7 +248,7 @@ def result_digests(output):
     """SHA-256 of every file that the promise of equal bytes speaks of."""
     output = pathlib.Path(output)
     files = [path for folder in ("model", "measure") for path in (output / folder).rglob("*") if path.is_file()]
-    files.append(output / "evaluation.json")
+    files += [output / "evaluation.json", output / "modules.json"]
     digests = {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
     for needed in ("model/config.json", "evaluation.json"):
         assert needed in digests, f"{output} lacks {needed}"
