@@ -25,9 +25,18 @@ void covariance_add(benchmark::State& state) {
   const at::Tensor x = random_bf16({kTokens, d}), weights = at::rand({kTokens});
   Covariance covariance(d);
   for (auto _ : state) covariance.add(x, weights);
-  count_flops(state, 1.0 * kTokens * d * d);  // n·d²/2 multiply-adds
+  count_flops(state, 2.0 * kTokens * d * d);  // useful operations; symmetry halves the executed ones
 }
 BENCHMARK(covariance_add)->Arg(576)->Arg(1536)->Arg(4096)->Unit(benchmark::kMillisecond);
+
+/// The limit: a full product of the same size at the machine's bf16 rate.
+void full_product_bf16(benchmark::State& state) {
+  const int64_t d = state.range(0);
+  const at::Tensor x = random_bf16({kTokens, d});
+  for (auto _ : state) benchmark::DoNotOptimize(at::mm(x.t(), x));
+  count_flops(state, 2.0 * kTokens * d * d);
+}
+BENCHMARK(full_product_bf16)->Arg(576)->Arg(1536)->Arg(4096)->Unit(benchmark::kMillisecond);
 
 void full_product_f32(benchmark::State& state) {
   const int64_t d = state.range(0);

@@ -110,11 +110,11 @@ class Table {
   /// A real number in (least, most], or [least, most] when `with_least`.
   template <class Field>
   void real(const std::string& key, Field field, double least, bool with_least, double most,
-            const std::string& description) {
+            const std::string& description, const std::string& unit = "") {
     const std::string type =
         fmt::format("number {} {} and at most {}", with_least ? "at least" : "above", least, most);
     add(
-        key, type, "", description,
+        key, type, unit, description,
         {{"type", "number"}, {with_least ? "minimum" : "exclusiveMinimum", least}, {"maximum", most}},
         [=](RunConfig& c, const YAML::Node& node) {
           const double value = number_of<double>(node, type);
@@ -205,6 +205,11 @@ void add_run_keys(Table& t) {
   t.word(
       "ranks.device", [](auto& c) -> auto& { return c.ranks.device; }, {"auto", "cpu", "cuda"},
       "Where a rank computes; auto takes CUDA where the build and the machine have it.");
+  t.real(
+      "ranks.activation_gib", [](auto& c) -> auto& { return c.ranks.activation_gib; }, 0, true, 1e6,
+      "Memory of a rank for activations that the backward pass of measure reads again; blocks beyond it are "
+      "recomputed from their input, with the same result.",
+      "GiB");
   t.integer(
       "ranks.watchdog_s", [](auto& c) -> auto& { return c.ranks.watchdog_s; }, 0, "s",
       "Longest wait of a rank for others before it ends the job; 0 waits for ever.");

@@ -1,7 +1,9 @@
 #include <ATen/ATen.h>
+#include <torch/csrc/autograd/autograd.h>
 
 #include <cmath>
 #include <isobath/core/error.hpp>
+#include <isobath/kernels/elementwise.hpp>
 #include <isobath/model/block.hpp>
 #include <numbers>
 
@@ -43,6 +45,17 @@ at::Tensor split_heads(const at::Tensor& x, int64_t head_dim) {
   return x.unflatten(-1, {-1, head_dim}).transpose(1, 2);
 }
 
+/// The rotary tables of `length` tokens, rounded to the dtype as transformers does.
+kernels::AttentionSpec attention_spec(const ModelConfig& config, const Rotary& rotary, const at::Tensor& q) {
+  const int64_t length = q.size(1);
+  ISOBATH_CHECK(length <= rotary.cos.size(0), "rotary embedding of {} positions for {} tokens",
+                rotary.cos.size(0), length);
+  const auto rounded = [&](const at::Tensor& table) {
+    return table.narrow(0, 0, length).to(q.scalar_type()).to(at::kFloat);
+  };
+  return {config.n_heads, config.n_kv_heads, config.head_dim, rounded(rotary.cos), rounded(rotary.sin)};
+}
+
 }  // namespace
 
 Rotary Rotary::make(const ModelConfig& config, int64_t length, c10::Device device) {
@@ -57,19 +70,11 @@ at::Tensor apply_linear(const at::Tensor& x, const Linear& linear) {
   return at::linear(x, linear.weight, linear.bias.defined() ? std::optional(linear.bias) : std::nullopt);
 }
 
-at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
-  const at::Tensor wide = x.to(at::kFloat);
-  const at::Tensor scale = at::rsqrt(wide.square().mean(-1, /*keepdim=*/true) + eps);
-  return weight * (wide * scale).to(x.scalar_type());
-}
-
-at::Tensor attend(const ModelConfig& config, const Rotary& rotary, const at::Tensor& q, const at::Tensor& k,
-                  const at::Tensor& v) {
-  const int64_t length = q.size(1);
-  ISOBATH_CHECK(length <= rotary.cos.size(0), "rotary embedding of {} positions for {} tokens",
-                rotary.cos.size(0), length);
-  const at::Tensor cos = rotary.cos.narrow(0, 0, length).to(q.scalar_type());
-  const at::Tensor sin = rotary.sin.narrow(0, 0, length).to(q.scalar_type());
+kernels::AttentionOutput attend(const ModelConfig& config, const Rotary& rotary, const at::Tensor& q,
+                                const at::Tensor& k, const at::Tensor& v) {
+  const kernels::AttentionSpec spec = attention_spec(config, rotary, q);
+  if (kernels::has_attention(spec, q)) return kernels::attention(spec, q, k, v);
+  const at::Tensor cos = spec.cos.to(q.scalar_type()), sin = spec.sin.to(q.scalar_type());
   const at::Tensor queries = rotate(split_heads(q, config.head_dim), cos, sin);
   const at::Tensor keys = rotate(split_heads(k, config.head_dim), cos, sin);
   const at::Tensor values = split_heads(v, config.head_dim);
@@ -77,28 +82,79 @@ at::Tensor attend(const ModelConfig& config, const Rotary& rotary, const at::Ten
       queries, keys, values, /*attn_mask=*/std::nullopt, /*dropout_p=*/0.0, /*is_causal=*/true,
       /*scale=*/1.0 / std::sqrt(static_cast<double>(config.head_dim)),
       /*enable_gqa=*/config.n_kv_heads != config.n_heads);
-  return mixed.transpose(1, 2).flatten(2);
+  return {mixed.transpose(1, 2).flatten(2), {}};
 }
 
-at::Tensor gated(const at::Tensor& gate, const at::Tensor& up) {
-  return at::silu(gate) * up;
+kernels::AttentionGradients attend_backward(const ModelConfig& config, const Rotary& rotary,
+                                            const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                            const kernels::AttentionOutput& forward,
+                                            const at::Tensor& gradient) {
+  if (forward.log_sums.defined())
+    return kernels::attention_backward(attention_spec(config, rotary, q), q, k, v, forward, gradient);
+  const at::AutoGradMode with_grad(true);
+  const auto leaf = [](const at::Tensor& x) { return x.detach().requires_grad_(true); };
+  const std::vector<at::Tensor> inputs{leaf(q), leaf(k), leaf(v)};
+  const at::Tensor out = attend(config, rotary, inputs[0], inputs[1], inputs[2]).out;
+  const auto gradients = torch::autograd::grad({out}, inputs, {gradient});
+  return {gradients[0], gradients[1], gradients[2]};
+}
+
+int64_t activation_bytes(const ModelConfig& config, int64_t n_tokens, int64_t element_size) {
+  const int64_t q = config.n_heads * config.head_dim, kv = config.n_kv_heads * config.head_dim;
+  const int64_t log_sums = config.n_heads * static_cast<int64_t>(sizeof(float));
+  return n_tokens * ((2 * q + 2 * kv + config.d_model + 2 * config.d_ff) * element_size + log_sums);
 }
 
 at::Tensor block_forward(const ModelConfig& config, const Rotary& rotary, const BlockWeights& weights,
-                         const at::Tensor& x, const ApplyLinear& linear) {
-  const auto apply = [&](Projection p, const at::Tensor& input) { return linear(p, input, weights[p]); };
+                         const at::Tensor& x, BlockActivations* keep) {
+  BlockActivations own;
+  BlockActivations& a = keep != nullptr ? *keep : own;
+  a.input = x;
+  const at::Tensor normed = kernels::rms_norm(x, weights.input_norm, config.rms_eps);
+  a.q = apply_linear(normed, weights[Projection::q]);
+  a.k = apply_linear(normed, weights[Projection::k]);
+  a.v = apply_linear(normed, weights[Projection::v]);
+  a.attended = attend(config, rotary, a.q, a.k, a.v);
+  a.middle = x + apply_linear(a.attended.out, weights[Projection::o]);
+  const at::Tensor middle_normed = kernels::rms_norm(a.middle, weights.post_attention_norm, config.rms_eps);
+  a.gate = apply_linear(middle_normed, weights[Projection::gate]);
+  a.up = apply_linear(middle_normed, weights[Projection::up]);
+  return a.middle + apply_linear(kernels::gated(a.gate, a.up), weights[Projection::down]);
+}
 
-  // One statement a linear: arguments of one call would be evaluated in an order of the compiler's choice.
-  const at::Tensor normed = rms_norm(x, weights.input_norm, config.rms_eps);
-  const at::Tensor q = apply(Projection::q, normed);
-  const at::Tensor k = apply(Projection::k, normed);
-  const at::Tensor v = apply(Projection::v, normed);
-  const at::Tensor middle = x + apply(Projection::o, attend(config, rotary, q, k, v));
+at::Tensor block_backward(const ModelConfig& config, const Rotary& rotary, const BlockWeights& weights,
+                          const BlockActivations& a, const at::Tensor& gradient,
+                          const OnLinearGradient& observe) {
+  const at::NoGradGuard no_grad;
+  // ∂L/∂x of one linear, and of several that share x.
+  const auto through = [&](Projection p, const at::Tensor& g) { return at::matmul(g, weights[p].weight); };
+  const auto add_through = [&](at::Tensor& sum, Projection p, const at::Tensor& g) {
+    sum.flatten(0, 1).addmm_(g.flatten(0, 1), weights[p].weight);
+  };
 
-  const at::Tensor middle_normed = rms_norm(middle, weights.post_attention_norm, config.rms_eps);
-  const at::Tensor gate = apply(Projection::gate, middle_normed);
-  const at::Tensor up = apply(Projection::up, middle_normed);
-  return middle + apply(Projection::down, gated(gate, up));
+  observe(Projection::down, kernels::gated(a.gate, a.up), gradient);
+  const kernels::GatedGradients inner =
+      kernels::gated_backward(a.gate, a.up, through(Projection::down, gradient));
+  const at::Tensor middle_normed = kernels::rms_norm(a.middle, weights.post_attention_norm, config.rms_eps);
+  observe(Projection::up, middle_normed, inner.up);
+  observe(Projection::gate, middle_normed, inner.gate);
+  at::Tensor normed_gradient = through(Projection::gate, inner.gate);
+  add_through(normed_gradient, Projection::up, inner.up);
+  const at::Tensor middle_gradient = kernels::rms_norm_backward(a.middle, weights.post_attention_norm,
+                                                                config.rms_eps, normed_gradient, gradient);
+
+  observe(Projection::o, a.attended.out, middle_gradient);
+  const kernels::AttentionGradients heads =
+      attend_backward(config, rotary, a.q, a.k, a.v, a.attended, through(Projection::o, middle_gradient));
+  const at::Tensor normed = kernels::rms_norm(a.input, weights.input_norm, config.rms_eps);
+  observe(Projection::v, normed, heads.v);
+  observe(Projection::k, normed, heads.k);
+  observe(Projection::q, normed, heads.q);
+  normed_gradient = through(Projection::q, heads.q);
+  add_through(normed_gradient, Projection::k, heads.k);
+  add_through(normed_gradient, Projection::v, heads.v);
+  return kernels::rms_norm_backward(a.input, weights.input_norm, config.rms_eps, normed_gradient,
+                                    middle_gradient);
 }
 
 }  // namespace isobath::model

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <isobath/core/error.hpp>
 #include <isobath/core/random.hpp>
+#include <isobath/kernels/elementwise.hpp>
 #include <isobath/model/head.hpp>
 
 namespace isobath::model {
@@ -38,27 +39,6 @@ std::vector<Chunk> chunks_of(const at::Tensor& lengths, int64_t n_tokens, Range 
   }
   return chunks;
 }
-
-/// Final RMSNorm of a chunk, keeping what its backward needs.
-struct NormedChunk {
-  at::Tensor unit;    ///< x / rms(x), f32
-  at::Tensor scale;   ///< 1 / rms(x), f32 [n, 1]
-  at::Tensor output;  ///< dtype of hidden, exactly `rms_norm`'s
-
-  NormedChunk(const at::Tensor& hidden, const at::Tensor& weight, double eps) {
-    const at::Tensor wide = hidden.to(at::kFloat);
-    scale = at::rsqrt(wide.square().mean(-1, /*keepdim=*/true) + eps);
-    unit = wide * scale;
-    output = weight * unit.to(hidden.scalar_type());
-  }
-
-  /// ∂L/∂x = scale · (g − unit · mean(g · unit)), with g = weight · ∂L/∂output.
-  [[nodiscard]] at::Tensor backward(const at::Tensor& gradient, const at::Tensor& weight) const {
-    const at::Tensor g = (gradient * weight).to(at::kFloat);
-    const at::Tensor along = (g * unit).mean(-1, /*keepdim=*/true);
-    return (scale * (g - unit * along)).to(gradient.scalar_type());
-  }
-};
 
 /// Σ nll over the predicted tokens of a chunk, in token order.
 double sum_nll(const at::Tensor& log_probabilities, const at::Tensor& data_labels, const Chunk& chunk) {
@@ -121,7 +101,7 @@ at::Tensor embed(const at::Tensor& embedding, const at::Tensor& tokens) {
 }
 
 at::Tensor head_logits(const ModelConfig& config, const HeadWeights& head, const at::Tensor& hidden) {
-  return at::linear(rms_norm(hidden, head.final_norm, config.rms_eps), head.lm_head).to(at::kFloat);
+  return at::linear(kernels::rms_norm(hidden, head.final_norm, config.rms_eps), head.lm_head).to(at::kFloat);
 }
 
 LossResult loss_and_gradient(const ModelConfig& config, const HeadWeights& head, const at::Tensor& hidden,
@@ -141,9 +121,9 @@ LossResult loss_and_gradient(const ModelConfig& config, const HeadWeights& head,
       at::zeros({loss.n_samples, hidden.size(0), hidden.size(1), hidden.size(2)}, hidden.options());
 
   for (const Chunk& chunk : chunks_of(lengths.cpu(), hidden.size(1), sequences)) {
-    const NormedChunk normed(hidden[chunk.row].narrow(0, chunk.first, chunk.n_tokens), head.final_norm,
-                             config.rms_eps);
-    at::Tensor probabilities = at::log_softmax(at::linear(normed.output, head.lm_head).to(at::kFloat), -1);
+    const at::Tensor x = hidden[chunk.row].narrow(0, chunk.first, chunk.n_tokens);
+    const at::Tensor normed = kernels::rms_norm(x, head.final_norm, config.rms_eps);
+    at::Tensor probabilities = at::log_softmax(at::linear(normed, head.lm_head).to(at::kFloat), -1);
     const at::Tensor data_labels = labels[chunk.row].narrow(0, chunk.first + 1, chunk.n_predicted);
     result.nll_sum += sum_nll(probabilities, data_labels, chunk);
     result.n_predicted += chunk.n_predicted;
@@ -156,7 +136,7 @@ LossResult loss_and_gradient(const ModelConfig& config, const HeadWeights& head,
           output_gradient(probabilities, samples.select(1, sample), chunk, head.lm_head);
       result.gradient[sample][chunk.row]
           .narrow(0, chunk.first, chunk.n_tokens)
-          .copy_(normed.backward(gradient, head.final_norm));
+          .copy_(kernels::rms_norm_backward(x, head.final_norm, config.rms_eps, gradient, {}));
     }
   }
   return result;

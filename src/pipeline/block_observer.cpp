@@ -2,7 +2,6 @@
 
 #include <ATen/ATen.h>
 
-#include <isobath/sensitivity/recording_linear.hpp>
 #include <isobath/sensitivity/token_weights.hpp>
 
 namespace isobath::pipeline {
@@ -42,14 +41,6 @@ void BlockObserver::begin(const data::Microbatch& microbatch, int64_t sample) {
   sample_ = sample;
 }
 
-at::Tensor BlockObserver::apply(model::Projection projection, const at::Tensor& x,
-                                const model::Linear& linear) {
-  return sensitivity::recording_linear(
-      x, linear.weight, linear.bias, [this, projection](const at::Tensor& input, const at::Tensor& gradient) {
-        observe(modules_[static_cast<size_t>(projection)], projection, input, gradient);
-      });
-}
-
 void BlockObserver::open_shard(Module& module, int64_t n_channels) {
   const config::Sensitivity& sensitivity = session_.config.sensitivity;
   module.shard.emplace(n_channels, per_sequence_of(sensitivity), sensitivity.probes,
@@ -59,8 +50,8 @@ void BlockObserver::open_shard(Module& module, int64_t n_channels) {
     module.shard_covariances.emplace_back(n_channels, session_.device);
 }
 
-void BlockObserver::observe(Module& module, model::Projection projection, const at::Tensor& x,
-                            const at::Tensor& gradient) {
+void BlockObserver::observe(model::Projection projection, const at::Tensor& x, const at::Tensor& gradient) {
+  Module& module = modules_[static_cast<size_t>(projection)];
   const config::Sensitivity& sensitivity = session_.config.sensitivity;
   if (!module.shard) open_shard(module, x.size(2));
   try {

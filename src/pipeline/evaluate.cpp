@@ -23,10 +23,7 @@ enum MetricRow { kNllOriginal, kNllQuantized, kKl, kSameTop1, kMetricRows };
 at::Tensor through_stage(const Session& session, const model::Rotary& rotary, const StageWeights& weights,
                          at::Tensor hidden) {
   for (const auto& [block, block_weights] : weights.blocks)
-    hidden = model::block_forward(session.model(), rotary, block_weights, hidden,
-                                  [](model::Projection, const at::Tensor& x, const model::Linear& linear) {
-                                    return model::apply_linear(x, linear);
-                                  });
+    hidden = model::block_forward(session.model(), rotary, block_weights, hidden);
   return hidden;
 }
 

@@ -1,7 +1,7 @@
 #include <isobath/pipeline/measure.hpp>
 
 #include <ATen/ATen.h>
-#include <torch/csrc/autograd/autograd.h>
+#include <ATen/core/grad_mode.h>
 
 #include <isobath/comm/watchdog.hpp>
 #include <isobath/core/log.hpp>
@@ -109,28 +109,29 @@ class Stage {
     else
       hidden =
           model::embed(weights_.embedding, calibration_.tokens_of(microbatch.sequences).to(session_.device));
-    // One input a block and microbatch is all that the backward pass needs.
-    std::vector<at::Tensor>& inputs = in_flight_[microbatch.index];
+    InFlight& kept = in_flight_[microbatch.index];
     for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
-      inputs.push_back(hidden);
-      hidden = model::block_forward(session_.model(), rotary_, weights_.blocks.at(block), hidden,
-                                    [](model::Projection, const at::Tensor& x, const model::Linear& linear) {
-                                      return model::apply_linear(x, linear);
-                                    });
+      model::BlockActivations& activations = kept.blocks.emplace_back();
+      const at::Tensor input = hidden;
+      hidden =
+          model::block_forward(session_.model(), rotary_, weights_.blocks.at(block), input, &activations);
+      // The last blocks, whose backward passes come first, keep their activations; the others only their
+      // input.
+      if (block < blocks_.end - n_kept_blocks_) activations = model::BlockActivations::of_input(input);
     }
     if (session_.is_last_stage())
-      inputs.push_back(hidden);
+      kept.output = hidden;
     else
       forward_.send(hidden);
   }
 
   void backward(const data::Microbatch& microbatch, bool closes_shard, at::Tensor& nll) {
-    std::vector<at::Tensor> inputs = std::move(in_flight_.at(microbatch.index));
+    InFlight kept = std::move(in_flight_.at(microbatch.index));
     in_flight_.erase(microbatch.index);
     at::Tensor gradient;  // [n_samples, b, T, d_model]
     if (session_.is_last_stage()) {
       model::LossResult loss = model::loss_and_gradient(
-          session_.model(), weights_.head, inputs.back(),
+          session_.model(), weights_.head, kept.output,
           calibration_.tokens_of(microbatch.sequences).to(session_.device),
           calibration_.lengths_of(microbatch.sequences), microbatch.sequences, loss_);
       nll[microbatch.index][0] = loss.nll_sum;
@@ -139,31 +140,42 @@ class Stage {
     } else {
       gradient = backward_.take();
     }
-    for (int64_t block = blocks_.end - 1; block >= blocks_.begin; --block)
-      gradient = backward_through(block, inputs[static_cast<size_t>(block - blocks_.begin)], gradient,
-                                  microbatch, closes_shard);
+    for (int64_t block = blocks_.end - 1; block >= blocks_.begin; --block) {
+      gradient = backward_through(block, kept.blocks.back(), gradient, microbatch, closes_shard);
+      kept.blocks.pop_back();
+    }
     if (!is_entry()) backward_.send(gradient);
   }
 
-  at::Tensor backward_through(int64_t block, const at::Tensor& input, const at::Tensor& gradient,
+  at::Tensor backward_through(int64_t block, model::BlockActivations& activations, const at::Tensor& gradient,
                               const data::Microbatch& microbatch, bool closes_shard) {
+    const at::NoGradGuard no_grad;
     BlockObserver& observer = observers_[static_cast<size_t>(block - blocks_.begin)];
-    const at::AutoGradMode with_grad(true);
-    const at::Tensor x = input.detach().requires_grad_(true);
-    observer.begin(microbatch, 0);
-    const at::Tensor y = model::block_forward(
-        session_.model(), rotary_, weights_.blocks.at(block), x,
-        [&](model::Projection projection, const at::Tensor& in, const model::Linear& linear) {
-          return observer.apply(projection, in, linear);
-        });
+    const model::BlockWeights& weights = weights_.blocks.at(block);
+    if (!activations.middle.defined())
+      (void)model::block_forward(session_.model(), rotary_, weights, at::Tensor(activations.input),
+                                 &activations);
     std::vector<at::Tensor> input_gradients;
     for (int64_t sample = 0; sample < loss_.n_samples; ++sample) {
       observer.begin(microbatch, sample);
-      const bool keep_graph = sample + 1 < loss_.n_samples;
-      input_gradients.push_back(torch::autograd::grad({y}, {x}, {gradient[sample]}, keep_graph)[0]);
+      input_gradients.push_back(model::block_backward(
+          session_.model(), rotary_, weights, activations, gradient[sample],
+          [&](model::Projection projection, const at::Tensor& x, const at::Tensor& output_gradient) {
+            observer.observe(projection, x, output_gradient);
+          }));
     }
     observer.finish_microbatch(closes_shard);
     return at::stack(input_gradients);
+  }
+
+  /// Blocks of this stage whose activations fit the memory set aside for all microbatches in flight.
+  [[nodiscard]] int64_t count_kept_blocks() const {
+    const int64_t in_flight = session_.grid->shape().stages - session_.grid->stage();
+    const int64_t n_tokens = session_.config.calibration.microbatch * calibration_.tokens.length();
+    const int64_t bytes = model::activation_bytes(session_.model(), n_tokens,
+                                                  static_cast<int64_t>(c10::elementSize(session_.dtype)));
+    const double limit = session_.config.ranks.activation_gib * 0x1p30;
+    return static_cast<int64_t>(limit / static_cast<double>(in_flight * bytes));
   }
 
   const Session& session_;
@@ -176,7 +188,13 @@ class Stage {
   model::Rotary rotary_;
   model::LossSpec loss_;
   std::vector<BlockObserver> observers_;
-  std::map<int64_t, std::vector<at::Tensor>> in_flight_;
+  /// A microbatch between its forward and its backward pass.
+  struct InFlight {
+    std::vector<model::BlockActivations> blocks;
+    at::Tensor output;  // of the last block, on the last stage
+  };
+  std::map<int64_t, InFlight> in_flight_;
+  int64_t n_kept_blocks_ = count_kept_blocks();
 };
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include <ATen/ATen.h>
 
+#include <isobath/kernels/elementwise.hpp>
 #include <isobath/model/head.hpp>
 #include <isobath/pipeline/prefix_activations.hpp>
 
@@ -29,8 +30,8 @@ ForEachInput PrefixActivations::inputs(int set, const model::BlockWeights& weigh
 at::Tensor PrefixActivations::input(int set, const model::BlockWeights& weights, int64_t microbatch) const {
   // The norms are computed again in `advance`: cheaper than keeping both their input and output.
   const double eps = session_.model().rms_eps;
-  if (set == 0) return model::rms_norm(hidden_.at(microbatch), weights.input_norm, eps);
-  if (set == 2) return model::rms_norm(hidden_.at(microbatch), weights.post_attention_norm, eps);
+  if (set == 0) return kernels::rms_norm(hidden_.at(microbatch), weights.input_norm, eps);
+  if (set == 2) return kernels::rms_norm(hidden_.at(microbatch), weights.post_attention_norm, eps);
   return inner_.at(microbatch);
 }
 
@@ -43,7 +44,7 @@ void PrefixActivations::advance(int set, const model::BlockWeights& weights, int
     switch (set) {
       case 0: {
         const at::Tensor q = apply(Projection::q), k = apply(Projection::k), v = apply(Projection::v);
-        inner = model::attend(session_.model(), rotary_, q, k, v);
+        inner = model::attend(session_.model(), rotary_, q, k, v).out;
         break;
       }
       case 1:
@@ -51,7 +52,7 @@ void PrefixActivations::advance(int set, const model::BlockWeights& weights, int
         break;
       case 2: {
         const at::Tensor gate = apply(Projection::gate), up = apply(Projection::up);
-        inner = model::gated(gate, up);
+        inner = kernels::gated(gate, up);
         break;
       }
       default:

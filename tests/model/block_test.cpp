@@ -1,8 +1,11 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
 
 #include <cmath>
+#include <isobath/kernels/elementwise.hpp>
 #include <isobath/model/block.hpp>
+#include <map>
 
 namespace isobath::model {
 namespace {
@@ -40,13 +43,9 @@ BlockWeights random_block(const ModelConfig& config) {
   return weights;
 }
 
-at::Tensor plain_linear(Projection, const at::Tensor& x, const Linear& linear) {
-  return apply_linear(x, linear);
-}
-
 TEST(RmsNorm, DividesByTheRootMeanSquare) {
   const at::Tensor x = at::tensor({3.0F, 4.0F}).reshape({1, 1, 2});  // mean square 12.5
-  const at::Tensor y = rms_norm(x, at::tensor({1.0F, 2.0F}), 0.0);
+  const at::Tensor y = kernels::rms_norm(x, at::tensor({1.0F, 2.0F}), 0.0);
 
   EXPECT_NEAR(y[0][0][0].item<double>(), 3.0 / std::sqrt(12.5), kF32SumError);
   EXPECT_NEAR(y[0][0][1].item<double>(), 8.0 / std::sqrt(12.5), kF32SumError);
@@ -59,10 +58,10 @@ TEST(RmsNorm, RoundsToBf16BeforeTheProductWithTheWeight) {
   const at::Tensor wide = x.to(at::kFloat);
   const at::Tensor unit = wide / (wide.square().mean(-1, true) + kEps).sqrt();
   // One bf16 rounding of unit (2^-9) may fall on the other side of a tie; two would show as more.
-  EXPECT_TRUE(at::allclose(rms_norm(x, weight, kEps).to(at::kFloat),
+  EXPECT_TRUE(at::allclose(kernels::rms_norm(x, weight, kEps).to(at::kFloat),
                            (weight * unit.to(at::kBFloat16)).to(at::kFloat),
                            /*rtol=*/0x1p-7, /*atol=*/0));
-  EXPECT_EQ(rms_norm(x, weight, kEps).scalar_type(), at::kBFloat16);
+  EXPECT_EQ(kernels::rms_norm(x, weight, kEps).scalar_type(), at::kBFloat16);
 }
 
 TEST(Attend, EqualsLoopsOverHeadsAndPositions) {
@@ -83,7 +82,7 @@ TEST(Attend, EqualsLoopsOverHeadsAndPositions) {
     return out;
   };
 
-  const at::Tensor mixed = attend(config, rotary, q, k, v);
+  const at::Tensor mixed = attend(config, rotary, q, k, v).out;
 
   for (int64_t head = 0; head < 4; ++head) {
     const int64_t kv = head / 2;
@@ -110,20 +109,94 @@ TEST(Attend, EqualsLoopsOverHeadsAndPositions) {
   }
 }
 
-TEST(BlockForward, AppliesTheSevenLinearsInOrder) {
-  const ModelConfig config = small_config();
-  std::vector<Projection> order;
-  (void)block_forward(config, Rotary::make(config, 3, at::kCPU), random_block(config),
-                      random_normal({1, 3, 8}, 6),
-                      [&](Projection p, const at::Tensor& x, const Linear& linear) {
-                        order.push_back(p);
-                        return apply_linear(x, linear);
-                      });
+/// A linear of the reference: its input, and its output as a leaf of the graph behind it.
+struct Recorded {
+  at::Tensor x, output;
+};
 
-  std::vector<Projection> expected;
-  for (int set = 0; set < kInputSets; ++set)
-    expected.insert(expected.end(), input_set(set).begin(), input_set(set).end());
-  EXPECT_EQ(order, expected);
+/// The block written out with differentiable operations; records every linear.
+at::Tensor literal_block(const ModelConfig& config, const Rotary& rotary, const BlockWeights& weights,
+                         const at::Tensor& x, std::map<Projection, Recorded>& recorded) {
+  const auto norm = [&](const at::Tensor& input, const at::Tensor& weight) {
+    return input * (input.square().mean(-1, true) + config.rms_eps).rsqrt() * weight;
+  };
+  const auto linear = [&](Projection p, const at::Tensor& input) {
+    const at::Tensor output = at::matmul(input, weights[p].weight.t()) + weights[p].bias;
+    recorded[p] = {input, output};
+    return output;
+  };
+  const at::Tensor normed = norm(x, weights.input_norm);
+  const at::Tensor q = linear(Projection::q, normed), k = linear(Projection::k, normed),
+                   v = linear(Projection::v, normed);
+  const at::Tensor middle = x + linear(Projection::o, attend(config, rotary, q, k, v).out);
+  const at::Tensor middle_normed = norm(middle, weights.post_attention_norm);
+  const at::Tensor gate = linear(Projection::gate, middle_normed), up = linear(Projection::up, middle_normed);
+  return middle + linear(Projection::down, gate * gate.sigmoid() * up);
+}
+
+TEST(BlockBackward, AgreesWithAutogradAtTheInputAndAtEveryLinear) {
+  const ModelConfig config = small_config();
+  const Rotary rotary = Rotary::make(config, 6, at::kCPU);
+  const BlockWeights weights = random_block(config);
+  const at::Tensor leaf = random_normal({2, 6, 8}, 6).requires_grad_(),
+                   gradient = random_normal({2, 6, 8}, 10);
+  std::map<Projection, Recorded> recorded;
+  const at::Tensor expected = literal_block(config, rotary, weights, leaf, recorded);
+  std::vector<at::Tensor> inputs{leaf};
+  for (const auto& [projection, linear] : recorded) inputs.push_back(linear.output);
+  const auto expected_gradients = torch::autograd::grad({expected}, inputs, {gradient});
+
+  BlockActivations activations;
+  const at::Tensor y = block_forward(config, rotary, weights, leaf.detach(), &activations);
+  std::map<Projection, Recorded> found;
+  const at::Tensor x_gradient = block_backward(config, rotary, weights, activations, gradient,
+                                               [&](Projection p, const at::Tensor& x, const at::Tensor& g) {
+                                                 found[p] = {x, g};
+                                               });
+
+  const auto near = [](const at::Tensor& a, const at::Tensor& b) {
+    return ((a - b).norm() / b.norm()).item<double>() < kF32SumError;
+  };
+  EXPECT_TRUE(near(y, expected.detach()));
+  EXPECT_TRUE(near(x_gradient, expected_gradients[0]));
+  ASSERT_EQ(found.size(), static_cast<size_t>(kProjections));
+  size_t i = 1;
+  for (const auto& [projection, linear] : recorded) {
+    EXPECT_TRUE(near(found[projection].x, linear.x.detach())) << static_cast<int>(projection);
+    EXPECT_TRUE(near(found[projection].output, expected_gradients[i++])) << static_cast<int>(projection);
+  }
+}
+
+TEST(BlockBackward, InBf16StaysNearF32) {
+  ModelConfig config = small_config();
+  config.d_model = 64;
+  config.d_ff = 96;
+  config.n_heads = 2;
+  config.n_kv_heads = 1;
+  config.head_dim = 32;
+  const Rotary rotary = Rotary::make(config, 50, at::kCPU);
+  BlockWeights wide = random_block(config), narrow = wide;
+  for (Linear& linear : wide.linears) linear.weight = linear.weight / 8;  // 1/√fan-in
+  const auto bf16 = [](const at::Tensor& t) { return t.to(at::kBFloat16); };
+  narrow.input_norm = bf16(wide.input_norm);
+  narrow.post_attention_norm = bf16(wide.post_attention_norm);
+  for (size_t p = 0; p < wide.linears.size(); ++p)
+    narrow.linears[p] = {bf16(wide.linears[p].weight), bf16(wide.linears[p].bias)};
+  const at::Tensor x = random_normal({1, 50, 64}, 21), gradient = random_normal({1, 50, 64}, 22);
+
+  const auto run = [&](const BlockWeights& weights, const at::Tensor& input, const at::Tensor& g) {
+    BlockActivations activations;
+    const at::Tensor y = block_forward(config, rotary, weights, input, &activations);
+    const auto ignore = [](Projection, const at::Tensor&, const at::Tensor&) {};
+    return std::pair(y.to(at::kFloat),
+                     block_backward(config, rotary, weights, activations, g, ignore).to(at::kFloat));
+  };
+  const auto [y, x_gradient] = run(wide, x, gradient);
+  const auto [y_bf16, x_gradient_bf16] = run(narrow, bf16(x), bf16(gradient));
+  // A dozen roundings of 2⁻⁹ each on the way.
+  constexpr double kBf16Error = 2e-2;
+  EXPECT_LT(((y_bf16 - y).norm() / y.norm()).item<double>(), kBf16Error);
+  EXPECT_LT(((x_gradient_bf16 - x_gradient).norm() / x_gradient.norm()).item<double>(), kBf16Error);
 }
 
 TEST(BlockForward, LaterTokensDoNotReachEarlierOnesOrTheirGradients) {
@@ -137,10 +210,10 @@ TEST(BlockForward, LaterTokensDoNotReachEarlierOnesOrTheirGradients) {
   gradient.narrow(1, kLength, kPadded - kLength).zero_();
 
   const auto run = [&](const at::Tensor& input) {
-    const at::Tensor leaf = input.clone().requires_grad_();
-    const at::Tensor y = block_forward(config, rotary, weights, leaf, plain_linear);
-    y.backward(gradient);
-    return std::pair(y.detach(), leaf.grad());
+    BlockActivations activations;
+    const at::Tensor y = block_forward(config, rotary, weights, input, &activations);
+    const auto ignore = [](Projection, const at::Tensor&, const at::Tensor&) {};
+    return std::pair(y, block_backward(config, rotary, weights, activations, gradient, ignore));
   };
   const auto [y, y_gradient] = run(x);
   const auto [other_y, other_gradient] = run(other);
@@ -156,8 +229,8 @@ TEST(BlockForward, GivesTheSameBitsTwice) {
   const BlockWeights weights = random_block(config);
   const at::Tensor x = random_normal({2, 6, 8}, 9);
 
-  EXPECT_TRUE(at::equal(block_forward(config, rotary, weights, x, plain_linear),
-                        block_forward(config, rotary, weights, x.clone(), plain_linear)));
+  EXPECT_TRUE(at::equal(block_forward(config, rotary, weights, x),
+                        block_forward(config, rotary, weights, x.clone())));
 }
 
 }  // namespace

@@ -10,29 +10,27 @@ namespace isobath::model {
 Probe probe_gradients(const CheckpointReader& checkpoint, const at::Tensor& tokens, at::ScalarType dtype) {
   const ModelConfig& config = checkpoint.config();
   const Rotary rotary = Rotary::make(config, tokens.size(1), at::kCPU);
-  std::map<std::string, at::Tensor> outputs;
-
-  at::Tensor hidden = embed(checkpoint.read_embedding(dtype, at::kCPU), tokens).requires_grad_();
+  std::vector<BlockWeights> blocks;
+  std::vector<BlockActivations> activations(static_cast<size_t>(config.n_blocks));
+  at::Tensor hidden = embed(checkpoint.read_embedding(dtype, at::kCPU), tokens);
   for (int64_t block = 0; block < config.n_blocks; ++block) {
-    const BlockWeights weights = checkpoint.read_block(block, dtype, at::kCPU);
-    hidden = block_forward(config, rotary, weights, hidden,
-                           [&](Projection p, const at::Tensor& x, const Linear& linear) {
-                             at::Tensor output = apply_linear(x, linear);
-                             output.retain_grad();
-                             outputs[module_name(block, p)] = output;
-                             return output;
-                           });
+    blocks.push_back(checkpoint.read_block(block, dtype, at::kCPU));
+    hidden = block_forward(config, rotary, blocks.back(), hidden, &activations[static_cast<size_t>(block)]);
   }
 
   const HeadWeights head = checkpoint.read_head(dtype, at::kCPU);
   const at::Tensor lengths = at::full({tokens.size(0)}, tokens.size(1), at::kInt);
-  const LossResult loss =
-      loss_and_gradient(config, head, hidden.detach(), tokens, lengths, {0, tokens.size(0)}, {});
-  hidden.backward(loss.gradient[0]);
+  const LossResult loss = loss_and_gradient(config, head, hidden, tokens, lengths, {0, tokens.size(0)}, {});
 
-  Probe probe{.logits = head_logits(config, head, hidden.detach()), .nll_sum = loss.nll_sum, .gradients = {}};
-  for (const auto& [name, output] : outputs) probe.gradients[name] = output.grad();
+  Probe probe{.logits = head_logits(config, head, hidden), .nll_sum = loss.nll_sum, .gradients = {}};
   probe.gradients["hidden"] = loss.gradient[0];
+  at::Tensor gradient = loss.gradient[0];
+  for (int64_t block = config.n_blocks - 1; block >= 0; --block)
+    gradient = block_backward(config, rotary, blocks[static_cast<size_t>(block)],
+                              activations[static_cast<size_t>(block)], gradient,
+                              [&](Projection p, const at::Tensor&, const at::Tensor& output_gradient) {
+                                probe.gradients[module_name(block, p)] = output_gradient;
+                              });
   return probe;
 }
 

@@ -12,6 +12,7 @@ struct Ranks {
   int replicas = 0;             ///< 0: auto
   int threads = 0;              ///< per rank; 0: auto
   std::string device = "auto";  ///< auto | cpu | cuda
+  double activation_gib = 1.0;  ///< activations kept for the backward pass
   int64_t watchdog_s = 600;     ///< seconds a rank may wait for others; 0: for ever
 };
 struct Calibration {

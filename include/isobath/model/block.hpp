@@ -3,6 +3,7 @@
 
 #include <array>
 #include <functional>
+#include <isobath/kernels/attention.hpp>
 #include <isobath/model/model_config.hpp>
 
 namespace isobath::model {
@@ -28,28 +29,59 @@ struct Rotary {
   static Rotary make(const ModelConfig& config, int64_t length, c10::Device device);
 };
 
-/// How a linear is applied: the plain product, or one that records (sensitivity), or one that quantizes
-/// first. x [b, T, d_in] -> [b, T, d_out].
-using ApplyLinear = std::function<at::Tensor(Projection, const at::Tensor& x, const Linear& linear)>;
-
-/// y = x Wᵀ + bias.
+/// y = x Wᵀ + bias. x [.., d_in] -> [.., d_out].
 [[nodiscard]] at::Tensor apply_linear(const at::Tensor& x, const Linear& linear);
 
-// The steps of a block, so that the quantization pass can stop between input sets. All differentiable by
-// autograd.
+// The steps of a block, so that the quantization pass can stop between input sets. The norms and the gate are
+// `kernels::rms_norm` and `kernels::gated`.
 
-/// RMSNorm as Llama does it: f32 inside, cast back before the product with the weight. x [b, T, d_model].
-[[nodiscard]] at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps);
 /// Rotary embedding and causal attention. q [b, T, n_heads*head_dim], k and v [b, T, n_kv_heads*head_dim] ->
-/// [b, T, n_heads*head_dim].
-[[nodiscard]] at::Tensor attend(const ModelConfig& config, const Rotary& rotary, const at::Tensor& q,
-                                const at::Tensor& k, const at::Tensor& v);
-/// silu(gate) * up.
-[[nodiscard]] at::Tensor gated(const at::Tensor& gate, const at::Tensor& up);
+/// out [b, T, n_heads*head_dim]. `kernels::attention` where the machine has it, otherwise SDPA and undefined
+/// log_sums; the latter is differentiable by autograd.
+[[nodiscard]] kernels::AttentionOutput attend(const ModelConfig& config, const Rotary& rotary,
+                                              const at::Tensor& q, const at::Tensor& k, const at::Tensor& v);
+/// Gradients of `attend` for ∂L/∂out. `forward` is what it returned for these inputs.
+[[nodiscard]] kernels::AttentionGradients attend_backward(const ModelConfig& config, const Rotary& rotary,
+                                                          const at::Tensor& q, const at::Tensor& k,
+                                                          const at::Tensor& v,
+                                                          const kernels::AttentionOutput& forward,
+                                                          const at::Tensor& gradient);
 
-/// The whole block: x [b, T, d_model] -> [b, T, d_model].
+/// What the backward pass of a block needs of its forward pass; compute dtype, [b, T, ..] each.
+struct BlockActivations {
+  at::Tensor input;                   ///< of the block
+  at::Tensor q, k, v;                 ///< before the rotation
+  kernels::AttentionOutput attended;  ///< input of o, and log_sums
+  at::Tensor middle;                  ///< after the first residual sum
+  at::Tensor gate, up;
+
+  /// Only the input: the rest is to be recomputed.
+  [[nodiscard]] static BlockActivations of_input(const at::Tensor& input) {
+    BlockActivations activations;
+    activations.input = input;
+    return activations;
+  }
+};
+
+/// Bytes of BlockActivations for b x T tokens, beyond the input.
+[[nodiscard]] int64_t activation_bytes(const ModelConfig& config, int64_t n_tokens, int64_t element_size);
+
+/// The whole block: x [b, T, d_model] -> [b, T, d_model]. Fills `keep` when given.
 [[nodiscard]] at::Tensor block_forward(const ModelConfig& config, const Rotary& rotary,
                                        const BlockWeights& weights, const at::Tensor& x,
-                                       const ApplyLinear& linear);
+                                       BlockActivations* keep = nullptr);
+
+/// Receives a linear's input x [b, T, d_in] and output gradient [b, T, d_out], compute dtype.
+using OnLinearGradient =
+    std::function<void(Projection projection, const at::Tensor& x, const at::Tensor& gradient)>;
+
+/// ∂L/∂input for ∂L/∂output `gradient` [b, T, d_model]; weights are frozen: no weight gradients. Calls
+/// `observe` for the seven linears from down to q. May be called again for another gradient of the same
+/// activations.
+///
+/// Cost     one product a linear, attention 5/2 of its forward, and no recomputation of products.
+[[nodiscard]] at::Tensor block_backward(const ModelConfig& config, const Rotary& rotary,
+                                        const BlockWeights& weights, const BlockActivations& activations,
+                                        const at::Tensor& gradient, const OnLinearGradient& observe);
 
 }  // namespace isobath::model

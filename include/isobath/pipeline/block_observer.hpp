@@ -19,11 +19,10 @@ class BlockObserver {
  public:
   BlockObserver(const Session& session, const CalibrationSet& calibration, int64_t block);
 
-  /// Applies a linear so that its backward is observed for `microbatch` and Fisher sample `sample`.
-  [[nodiscard]] at::Tensor apply(model::Projection projection, const at::Tensor& x,
-                                 const model::Linear& linear);
   /// What the backward passes that follow belong to.
   void begin(const data::Microbatch& microbatch, int64_t sample);
+  /// A linear's input [b, T, d_in] and output gradient [b, T, d_out] in one backward pass.
+  void observe(model::Projection projection, const at::Tensor& x, const at::Tensor& gradient);
   /// Closes the microbatch after its last sample; closes its logical shard when `is_last_of_shard`.
   void finish_microbatch(bool is_last_of_shard);
 
@@ -41,7 +40,6 @@ class BlockObserver {
     std::vector<comm::TreeSum> covariances;  // one a row group
     at::Tensor input;                        // of this microbatch, kept when covariances are asked for
   };
-  void observe(Module& module, model::Projection projection, const at::Tensor& x, const at::Tensor& gradient);
   void open_shard(Module& module, int64_t n_channels);
 
   const Session& session_;
