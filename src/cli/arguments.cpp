@@ -62,10 +62,11 @@ void add_commands(Builder& b) {
                 "Compares a quantized checkpoint with the original model on the evaluation tokens.",
                 "mpirun -n 4 isobath evaluate configs/quickstart.yaml --checkpoint runs/a/model");
   b.config(evaluate)->required();
-  auto* checkpoint =
-      evaluate->add_option("--checkpoint", a.checkpoint,
-                           "Checkpoint directory to evaluate. Without it, the run directory's is taken.");
-  checkpoint->type_name("DIR");
+  auto* checkpoint = evaluate->add_option(
+      "--checkpoint", a.checkpoints,
+      "Checkpoint directory to evaluate; may be given several times, for one pass over the "
+      "tokens. Without it, the run directory's is taken.");
+  checkpoint->type_name("DIR")->expected(1)->take_all();
   auto* original = evaluate->add_flag("--original-only", a.original_only,
                                       "Evaluates only the original model, without a run directory.");
   checkpoint->excludes(original);
@@ -107,7 +108,7 @@ std::string usage_problem(const Arguments& a) {
   const bool is_reference = a.shows_keys || a.shows_schema;
   if (a.command == Command::check && a.config_path.empty() && !is_reference)
     return "check: CONFIG is required (or --keys, or --schema)";
-  if (a.command == Command::evaluate && !a.json_output.empty() && a.checkpoint.empty() && !a.original_only)
+  if (a.command == Command::evaluate && !a.json_output.empty() && a.checkpoints.empty() && !a.original_only)
     return "evaluate: --json needs --checkpoint or --original-only; a run directory has its own "
            "evaluation.json";
   return "";

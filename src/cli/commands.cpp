@@ -62,10 +62,11 @@ void check(const Arguments& arguments, const comm::Communicator& world) {
 
 void evaluate(const Arguments& arguments, const comm::Communicator& world) {
   const config::RunConfig config = load_config(arguments, world);
-  if (arguments.checkpoint.empty() && !arguments.original_only)
+  if (arguments.checkpoints.empty() && !arguments.original_only)
     pipeline::run(config, {Stage::evaluate}, false, world);
   else
-    pipeline::evaluate_checkpoints(config, arguments.checkpoint, arguments.json_output, world);
+    pipeline::evaluate_checkpoints(config, {arguments.checkpoints.begin(), arguments.checkpoints.end()},
+                                   arguments.json_output, world);
 }
 
 void inspect(const Arguments& arguments, const comm::Communicator& world) {

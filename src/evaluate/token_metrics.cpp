@@ -2,23 +2,13 @@
 #include <c10/core/GradMode.h>
 #include <isobath/core/error.hpp>
 #include <isobath/evaluate/token_metrics.hpp>
+#include <isobath/kernels/logits.hpp>
 
 namespace isobath::evaluate {
 namespace {
 
-// Two [chunk, vocab] f32 log-probabilities are what a rank holds at once: 50 MB at 49 152 tokens of
-// vocabulary.
+// Two [chunk, vocab] logits are what a rank holds at once: 25 MB in bf16 at 49 152 tokens of vocabulary.
 constexpr int64_t kChunkTokens = 128;
-
-/// [c, d_model] hidden states -> [c, vocab] f32 log-probabilities.
-at::Tensor log_probabilities(const model::ModelConfig& config, const model::HeadWeights& head,
-                             const at::Tensor& hidden) {
-  return at::log_softmax(model::head_logits(config, head, hidden), -1);
-}
-
-at::Tensor negative_log_likelihood(const at::Tensor& log_probabilities, const at::Tensor& labels) {
-  return log_probabilities.gather(1, labels.unsqueeze(1)).squeeze(1).neg();
-}
 
 void require_finite(const at::Tensor& values, const char* what) {
   if (!values.defined() || std::isfinite(values.sum().item<float>())) return;
@@ -39,45 +29,51 @@ double mean_in_order(const std::vector<at::Tensor>& parts, int64_t n) {
 
 }  // namespace
 
-TokenMetrics compare(const model::ModelConfig& config, const model::HeadWeights& original_head,
-                     const at::Tensor& hidden_original, const model::HeadWeights& quantized_head,
-                     const at::Tensor& hidden_quantized, const at::Tensor& tokens) {
-  ISOBATH_CHECK(hidden_original.dim() == 3 && tokens.dim() == 2 &&
-                    tokens.sizes() == hidden_original.sizes().slice(0, 2),
+std::vector<TokenMetrics> compare(const model::ModelConfig& config, const Prediction& original,
+                                  const std::vector<Prediction>& quantized, const at::Tensor& tokens) {
+  ISOBATH_CHECK(original.hidden.dim() == 3 && tokens.dim() == 2 &&
+                    tokens.sizes() == original.hidden.sizes().slice(0, 2),
                 "hidden [b, T, d_model] and tokens [b, T] expected");
-  const bool has_quantized = hidden_quantized.defined();
-  ISOBATH_CHECK(!has_quantized || hidden_quantized.sizes() == hidden_original.sizes(),
-                "both models' hidden states must have one shape");
+  for (const Prediction& other : quantized)
+    ISOBATH_CHECK(other.hidden.sizes() == original.hidden.sizes(),
+                  "all models' hidden states must have one shape");
   const int64_t n_windows = tokens.size(0), n_predicted = tokens.size(1) - 1;
   ISOBATH_CHECK(n_predicted >= 1, "a window of {} token predicts nothing", tokens.size(1));
   const c10::NoGradGuard no_grad;
-  const auto f32 = hidden_original.options().dtype(at::kFloat).requires_grad(false);
-  TokenMetrics metrics;
-  metrics.nll_original = at::empty({n_windows, n_predicted}, f32);
-  if (has_quantized) {
+  const auto f32 = original.hidden.options().dtype(at::kFloat).requires_grad(false);
+  std::vector<TokenMetrics> all(std::max<size_t>(1, quantized.size()));
+  for (TokenMetrics& metrics : all) {
+    metrics.nll_original = at::empty({n_windows, n_predicted}, f32);
+    if (quantized.empty()) continue;
     metrics.nll_quantized = at::empty_like(metrics.nll_original);
     metrics.kl = at::empty_like(metrics.nll_original);
     metrics.same_top1 = at::empty({n_windows, n_predicted}, f32.dtype(at::kByte));
   }
-  const at::Tensor labels = tokens.to(hidden_original.device(), at::kLong);
+  const at::Tensor labels = tokens.to(original.hidden.device(), at::kLong);
   for (int64_t window = 0; window < n_windows; ++window) {
     for (int64_t begin = 0; begin < n_predicted; begin += kChunkTokens) {
       const int64_t end = std::min(begin + kChunkTokens, n_predicted);
       const auto chunk_of = [&](const at::Tensor& values) { return values[window].slice(0, begin, end); };
-      const at::Tensor next = labels[window].slice(0, begin + 1, end + 1);
-      const at::Tensor original = log_probabilities(config, original_head, chunk_of(hidden_original));
-      chunk_of(metrics.nll_original).copy_(negative_log_likelihood(original, next));
-      if (!has_quantized) continue;
-      const at::Tensor quantized = log_probabilities(config, quantized_head, chunk_of(hidden_quantized));
-      chunk_of(metrics.nll_quantized).copy_(negative_log_likelihood(quantized, next));
-      chunk_of(metrics.same_top1).copy_(original.argmax(1) == quantized.argmax(1));
-      chunk_of(metrics.kl).copy_(original.exp().mul_(original - quantized).sum(1));
+      const auto logits_of = [&](const Prediction& one) {
+        return model::head_logits(config, *one.head, chunk_of(one.hidden));
+      };
+      const at::Tensor next = labels[window].slice(0, begin + 1, end + 1), p = logits_of(original);
+      if (quantized.empty()) chunk_of(all[0].nll_original).copy_(kernels::label_loss(p, next).nll);
+      for (size_t i = 0; i < quantized.size(); ++i) {
+        const kernels::Comparison found = kernels::compare_logits(p, logits_of(quantized[i]), next);
+        chunk_of(all[i].nll_original).copy_(found.nll_p);
+        chunk_of(all[i].nll_quantized).copy_(found.nll_q);
+        chunk_of(all[i].kl).copy_(found.kl);
+        chunk_of(all[i].same_top1).copy_(found.same_top1);
+      }
     }
   }
-  require_finite(metrics.nll_original, "loss of the original model");
-  require_finite(metrics.nll_quantized, "loss of the quantized model");
-  require_finite(metrics.kl, "divergence of the quantized model");
-  return metrics;
+  for (const TokenMetrics& metrics : all) {
+    require_finite(metrics.nll_original, "loss of the original model");
+    require_finite(metrics.nll_quantized, "loss of the quantized model");
+    require_finite(metrics.kl, "divergence of the quantized model");
+  }
+  return all;
 }
 
 Summary summarise(const std::vector<TokenMetrics>& windows) {

@@ -6,6 +6,7 @@
 #include <isobath/core/error.hpp>
 #include <isobath/core/random.hpp>
 #include <isobath/kernels/elementwise.hpp>
+#include <isobath/kernels/logits.hpp>
 #include <isobath/model/head.hpp>
 
 namespace isobath::model {
@@ -40,21 +41,16 @@ std::vector<Chunk> chunks_of(const at::Tensor& lengths, int64_t n_tokens, Range 
   return chunks;
 }
 
-/// Σ nll over the predicted tokens of a chunk, in token order.
-double sum_nll(const at::Tensor& log_probabilities, const at::Tensor& data_labels, const Chunk& chunk) {
-  const at::Tensor nll = log_probabilities.narrow(0, 0, chunk.n_predicted)
-                             .gather(1, data_labels.unsqueeze(1))
-                             .neg()
-                             .to(at::kDouble)
-                             .cpu();
+/// Σ nll over the predicted tokens of a chunk, in token order. nll [n_tokens] f32.
+double sum_nll(const at::Tensor& nll, const Chunk& chunk) {
+  const at::Tensor values = nll.to(at::kDouble).cpu();
   double sum = 0;
   for (int64_t t = 0; t < chunk.n_predicted; ++t) {
-    const double value = nll.const_data_ptr<double>()[t];
+    const double value = values.const_data_ptr<double>()[t];
     if (!std::isfinite(value)) {
       fail<NumericError>(
           "non-finite loss ({}) in calibration sequence {} at token {}; the hidden states of the last block "
-          "or "
-          "the output projection overflowed in this dtype",
+          "or the output projection overflowed in this dtype",
           value, chunk.sequence, chunk.first + t);
     }
     sum += value;
@@ -84,14 +80,15 @@ at::Tensor draw_labels(const at::Tensor& probabilities, const Chunk& chunk, cons
 }
 
 /// ∂L/∂output of the final norm: (p − onehot(label)) · lm_head, the first factor cast to the compute dtype;
-/// zero for the rows that predict nothing.
-at::Tensor output_gradient(const at::Tensor& probabilities, const at::Tensor& labels, const Chunk& chunk,
-                           const at::Tensor& lm_head) {
-  at::Tensor difference = probabilities.clone();
+/// zero for the rows that predict nothing. at_label [n_predicted] f32: p(label) − 1.
+at::Tensor output_gradient(const at::Tensor& probabilities, const at::Tensor& labels,
+                           const at::Tensor& at_label, const Chunk& chunk, const at::Tensor& lm_head) {
+  at::Tensor difference = probabilities.to(lm_head.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
+  // The cast of p first would leave few digits of 1 − p where the model is sure.
   difference.narrow(0, 0, chunk.n_predicted)
-      .scatter_add_(1, labels.unsqueeze(1), at::full({chunk.n_predicted, 1}, -1.0, probabilities.options()));
+      .scatter_(1, labels.unsqueeze(1), at_label.unsqueeze(1).to(difference.scalar_type()));
   difference.narrow(0, chunk.n_predicted, chunk.n_tokens - chunk.n_predicted).zero_();
-  return at::mm(difference.to(lm_head.scalar_type()), lm_head);
+  return at::mm(difference, lm_head);
 }
 
 }  // namespace
@@ -101,7 +98,7 @@ at::Tensor embed(const at::Tensor& embedding, const at::Tensor& tokens) {
 }
 
 at::Tensor head_logits(const ModelConfig& config, const HeadWeights& head, const at::Tensor& hidden) {
-  return at::linear(kernels::rms_norm(hidden, head.final_norm, config.rms_eps), head.lm_head).to(at::kFloat);
+  return at::linear(kernels::rms_norm(hidden, head.final_norm, config.rms_eps), head.lm_head);
 }
 
 LossResult loss_and_gradient(const ModelConfig& config, const HeadWeights& head, const at::Tensor& hidden,
@@ -123,17 +120,25 @@ LossResult loss_and_gradient(const ModelConfig& config, const HeadWeights& head,
   for (const Chunk& chunk : chunks_of(lengths.cpu(), hidden.size(1), sequences)) {
     const at::Tensor x = hidden[chunk.row].narrow(0, chunk.first, chunk.n_tokens);
     const at::Tensor normed = kernels::rms_norm(x, head.final_norm, config.rms_eps);
-    at::Tensor probabilities = at::log_softmax(at::linear(normed, head.lm_head).to(at::kFloat), -1);
-    const at::Tensor data_labels = labels[chunk.row].narrow(0, chunk.first + 1, chunk.n_predicted);
-    result.nll_sum += sum_nll(probabilities, data_labels, chunk);
+    const at::Tensor logits = at::linear(normed, head.lm_head);
+    // The last rows may have no label; any will do, their gradient is zero.
+    const at::Tensor data_labels =
+        at::constant_pad_nd(labels[chunk.row].narrow(0, chunk.first + 1, chunk.n_predicted),
+                            {0, chunk.n_tokens - chunk.n_predicted});
+    const bool draws = loss.kind == LossKind::fisher;
+    // Labels are drawn from probabilities in f32.
+    const kernels::LabelLoss data = kernels::label_loss(draws ? logits.to(at::kFloat) : logits, data_labels);
+    result.nll_sum += sum_nll(data.nll, chunk);
     result.n_predicted += chunk.n_predicted;
-    probabilities.exp_();
 
-    const at::Tensor samples =
-        loss.kind == LossKind::nll ? data_labels.unsqueeze(1) : draw_labels(probabilities, chunk, loss);
+    const at::Tensor samples = draws ? draw_labels(data.probabilities, chunk, loss)
+                                     : data_labels.narrow(0, 0, chunk.n_predicted).unsqueeze(1);
     for (int64_t sample = 0; sample < loss.n_samples; ++sample) {
-      const at::Tensor gradient =
-          output_gradient(probabilities, samples.select(1, sample), chunk, head.lm_head);
+      const at::Tensor drawn = samples.select(1, sample);
+      const at::Tensor logit =
+          logits.narrow(0, 0, chunk.n_predicted).gather(1, drawn.unsqueeze(1)).squeeze(1).to(at::kFloat);
+      const at::Tensor at_label = at::expm1(logit - data.log_sums.narrow(0, 0, chunk.n_predicted));
+      const at::Tensor gradient = output_gradient(data.probabilities, drawn, at_label, chunk, head.lm_head);
       result.gradient[sample][chunk.row]
           .narrow(0, chunk.first, chunk.n_tokens)
           .copy_(kernels::rms_norm_backward(x, head.final_norm, config.rms_eps, gradient, {}));

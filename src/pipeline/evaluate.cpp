@@ -27,10 +27,29 @@ at::Tensor through_stage(const Session& session, const model::Rotary& rotary, co
   return hidden;
 }
 
+// The blocks of this stage of another version of the model.
+StageWeights load_version(const Session& session, const std::filesystem::path& quantized) {
+  std::unique_ptr<model::CheckpointReader> reader;
+  session.world().agree_on([&] {
+    const auto schemes = std::make_shared<const formats::compressed_tensors::SchemeTable>(quantized);
+    reader = std::make_unique<model::CheckpointReader>(
+        quantized, [schemes](const io::ShardedReader& shards, const std::string& module) {
+          return schemes->decode(shards, module);
+        });
+    const model::ModelConfig &a = session.model(), &b = reader->config();
+    if (a.vocab_size != b.vocab_size || a.n_blocks != b.n_blocks || a.d_model != b.d_model)
+      fail<DataError>("{} is not a version of {}: blocks {} and {}, d_model {} and {}, vocabulary {} and {}",
+                      quantized.string(), session.config.model, b.n_blocks, a.n_blocks, b.d_model, a.d_model,
+                      b.vocab_size, a.vocab_size);
+  });
+  return load_stage(session, *reader);
+}
+
 }  // namespace
 
-evaluate::Summary evaluate_model(const Session& session, const StageWeights& weights,
-                                 const std::filesystem::path& quantized, report::EventLog& events) {
+std::vector<evaluate::Summary> evaluate_model(const Session& session, const StageWeights& weights,
+                                              const std::vector<std::filesystem::path>& quantized,
+                                              report::EventLog& events) {
   const Timer timer;
   const at::NoGradGuard no_grad;
   const config::Evaluation& options = session.config.evaluation;
@@ -45,34 +64,18 @@ evaluate::Summary evaluate_model(const Session& session, const StageWeights& wei
                                                   world);
   const int64_t n_windows = tokens.n_sequences(), n_predicted = tokens.length() - 1;
 
-  // Each stage holds its blocks of both models.
-  const bool compares = !quantized.empty();
-  StageWeights other;
-  if (compares) {
-    std::unique_ptr<model::CheckpointReader> reader;
-    world.agree_on([&] {
-      const auto schemes = std::make_shared<const formats::compressed_tensors::SchemeTable>(quantized);
-      reader = std::make_unique<model::CheckpointReader>(
-          quantized, [schemes](const io::ShardedReader& shards, const std::string& module) {
-            return schemes->decode(shards, module);
-          });
-      const model::ModelConfig &a = session.model(), &b = reader->config();
-      if (a.vocab_size != b.vocab_size || a.n_blocks != b.n_blocks || a.d_model != b.d_model)
-        fail<DataError>(
-            "{} is not a version of {}: blocks {} and {}, d_model {} and {}, vocabulary {} and {}",
-            quantized.string(), session.config.model, b.n_blocks, a.n_blocks, b.d_model, a.d_model,
-            b.vocab_size, a.vocab_size);
-    });
-    other = load_stage(session, *reader);
-  }
-
-  const int n_models = compares ? 2 : 1;
+  // Each stage holds its blocks of all models, the original first.
+  std::vector<StageWeights> versions;
+  for (const std::filesystem::path& path : quantized) versions.push_back(load_version(session, path));
+  std::vector<const StageWeights*> models{&weights};
+  for (const StageWeights& version : versions) models.push_back(&version);
+  const auto n_models = static_cast<int64_t>(models.size()), n_results = std::max<int64_t>(1, n_models - 1);
   const int64_t n_replicas = session.grid->shape().replicas;
   const Range mine = partition(n_windows, n_replicas, session.grid->replica());
   const model::Rotary rotary = model::Rotary::make(session.model(), tokens.length(), session.device);
   const auto tensor_options = at::TensorOptions().dtype(session.dtype).device(session.device);
   const std::vector<int64_t> shape{n_models, 1, tokens.length(), session.model().d_model};
-  at::Tensor metrics = at::zeros({n_windows, kMetricRows, n_predicted}, at::kFloat);
+  at::Tensor metrics = at::zeros({n_windows, n_results, kMetricRows, n_predicted}, at::kFloat);
   {
     Link link(session.grid->pipeline(), session.device, stage > 0 ? stage - 1 : -1,
               stage + 1 < n_stages ? stage + 1 : -1);
@@ -85,22 +88,26 @@ evaluate::Summary evaluate_model(const Session& session, const StageWeights& wei
       if (stage > 0) {
         hidden = link.take();
       } else {
-        hidden = model::embed(weights.embedding, window_tokens).unsqueeze(0);
-        if (compares) hidden = at::cat({hidden, model::embed(other.embedding, window_tokens).unsqueeze(0)});
+        std::vector<at::Tensor> embedded;
+        for (const StageWeights* one : models)
+          embedded.push_back(model::embed(one->embedding, window_tokens));
+        hidden = at::stack(embedded);
       }
       std::vector<at::Tensor> states;
-      states.push_back(through_stage(session, rotary, weights, hidden[0]));
-      if (compares) states.push_back(through_stage(session, rotary, other, hidden[1]));
+      for (int64_t i = 0; i < n_models; ++i)
+        states.push_back(through_stage(session, rotary, *models[static_cast<size_t>(i)], hidden[i]));
       if (session.is_last_stage()) {
-        const evaluate::TokenMetrics found =
-            evaluate::compare(session.model(), weights.head, states[0], compares ? other.head : weights.head,
-                              compares ? states[1] : at::Tensor(), window_tokens);
-        const at::Tensor rows = metrics[window];
-        rows[kNllOriginal].copy_(found.nll_original[0]);
-        if (compares) {
-          rows[kNllQuantized].copy_(found.nll_quantized[0]);
-          rows[kKl].copy_(found.kl[0]);
-          rows[kSameTop1].copy_(found.same_top1[0]);
+        std::vector<evaluate::Prediction> others;
+        for (size_t i = 1; i < models.size(); ++i) others.push_back({&models[i]->head, states[i]});
+        const std::vector<evaluate::TokenMetrics> found =
+            evaluate::compare(session.model(), {&weights.head, states[0]}, others, window_tokens);
+        for (size_t i = 0; i < found.size(); ++i) {
+          const at::Tensor rows = metrics[window][static_cast<int64_t>(i)];
+          rows[kNllOriginal].copy_(found[i].nll_original[0]);
+          if (quantized.empty()) continue;
+          rows[kNllQuantized].copy_(found[i].nll_quantized[0]);
+          rows[kKl].copy_(found[i].kl[0]);
+          rows[kSameTop1].copy_(found[i].same_top1[0]);
         }
       } else {
         link.send(at::stack(states));
@@ -115,27 +122,34 @@ evaluate::Summary evaluate_model(const Session& session, const StageWeights& wei
 
   // One rank filled each window; sums follow in window order.
   share_disjoint(metrics, world);
-  std::vector<evaluate::TokenMetrics> windows;
-  for (int64_t window = 0; window < n_windows; ++window) {
-    const at::Tensor rows = metrics[window].unsqueeze(1);
-    evaluate::TokenMetrics one;
-    one.nll_original = rows[kNllOriginal];
-    if (compares) {
-      one.nll_quantized = rows[kNllQuantized];
-      one.kl = rows[kKl];
-      one.same_top1 = rows[kSameTop1].to(at::kByte);
+  std::vector<evaluate::Summary> summaries;
+  for (int64_t i = 0; i < n_results; ++i) {
+    std::vector<evaluate::TokenMetrics> windows;
+    for (int64_t window = 0; window < n_windows; ++window) {
+      const at::Tensor rows = metrics[window][i].unsqueeze(1);
+      evaluate::TokenMetrics one;
+      one.nll_original = rows[kNllOriginal];
+      if (!quantized.empty()) {
+        one.nll_quantized = rows[kNllQuantized];
+        one.kl = rows[kKl];
+        one.same_top1 = rows[kSameTop1].to(at::kByte);
+      }
+      windows.push_back(std::move(one));
     }
-    windows.push_back(std::move(one));
+    const evaluate::Summary& summary = summaries.emplace_back(evaluate::summarise(windows));
+    events.write("evaluated",
+                 {{"checkpoint", quantized.empty() ? "" : quantized[static_cast<size_t>(i)].string()},
+                  {"seconds", timer.seconds()},
+                  {"perplexity", summary.perplexity},
+                  {"perplexity_original", summary.perplexity_original},
+                  {"kl_mean", summary.kl_mean}});
   }
-  const evaluate::Summary summary = evaluate::summarise(windows);
-  events.write("evaluated", {{"seconds", timer.seconds()},
-                             {"perplexity", summary.perplexity},
-                             {"perplexity_original", summary.perplexity_original},
-                             {"kl_mean", summary.kl_mean}});
-  return summary;
+  return summaries;
 }
 
-std::string evaluation_json(const evaluate::Summary& summary, const config::Evaluation& options) {
+namespace {
+
+nlohmann::json to_json(const evaluate::Summary& summary, const config::Evaluation& options) {
   nlohmann::json json{{"window", options.window},
                       {"windows", options.windows},
                       {"tokens", summary.n_tokens},
@@ -147,7 +161,25 @@ std::string evaluation_json(const evaluate::Summary& summary, const config::Eval
     json["kl_p99"] = summary.kl_p99;
     json["top1_agreement"] = summary.top1_agreement;
   }
-  return json.dump(2) + "\n";
+  return json;
+}
+
+}  // namespace
+
+std::string evaluation_json(const evaluate::Summary& summary, const config::Evaluation& options) {
+  return to_json(summary, options).dump(2) + "\n";
+}
+
+std::string evaluations_json(const std::vector<std::filesystem::path>& quantized,
+                             const std::vector<evaluate::Summary>& summaries,
+                             const config::Evaluation& options) {
+  nlohmann::json all = nlohmann::json::array();
+  for (size_t i = 0; i < summaries.size(); ++i) {
+    nlohmann::json one = to_json(summaries[i], options);
+    one["checkpoint"] = quantized[i].string();
+    all.push_back(std::move(one));
+  }
+  return all.dump(2) + "\n";
 }
 
 }  // namespace isobath::pipeline

@@ -182,7 +182,7 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
   if (contains(stages, Stage::evaluate) && !directory.is_complete("evaluate")) {
     require_finished(directory, "quantize", world);
     if (!config.evaluation.tokens.empty()) {
-      closing.evaluated = evaluate_model(session, weights, quantized, events);
+      closing.evaluated = evaluate_model(session, weights, {quantized}, events)[0];
       world.agree_on([&] {
         if (world.rank() == 0)
           io::write_text_atomically(directory.path() / "evaluation.json",
@@ -197,7 +197,7 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
   events.write("finished", {{"seconds", timer.seconds()}, {"summary", table}});
 }
 
-void evaluate_checkpoints(const config::RunConfig& config, const fs::path& quantized,
+void evaluate_checkpoints(const config::RunConfig& config, const std::vector<fs::path>& quantized,
                           const fs::path& json_output, const comm::Communicator& world) {
   const Timer timer;
   comm::Watchdog::configure(std::chrono::seconds(config.ranks.watchdog_s));
@@ -209,11 +209,26 @@ void evaluate_checkpoints(const config::RunConfig& config, const fs::path& quant
   const StageWeights weights = load_stage(session, *session.source);
   report::EventLog events;
   Closing closing;
-  closing.evaluated = evaluate_model(session, weights, quantized, events);
+  const std::vector<evaluate::Summary> summaries = evaluate_model(session, weights, quantized, events);
   world.agree_on([&] {
     if (world.rank() == 0 && !json_output.empty())
-      io::write_text_atomically(json_output, evaluation_json(*closing.evaluated, config.evaluation));
+      io::write_text_atomically(json_output, quantized.size() > 1
+                                                 ? evaluations_json(quantized, summaries, config.evaluation)
+                                                 : evaluation_json(summaries[0], config.evaluation));
   });
+  if (quantized.size() > 1) {
+    report::Table table({"checkpoint", "perplexity", "KL mean", "KL median", "KL 99 %", "top-1 agreement"});
+    table.add({config.model, fmt::format("{:.3f}", summaries[0].perplexity_original), "-", "-", "-", "-"});
+    for (size_t i = 0; i < quantized.size(); ++i) {
+      const evaluate::Summary& e = summaries[i];
+      table.add({quantized[i].string(), fmt::format("{:.3f}", e.perplexity), fmt::format("{:.5f}", e.kl_mean),
+                 fmt::format("{:.5f}", e.kl_median), fmt::format("{:.4f}", e.kl_p99),
+                 fmt::format("{:.2f} %", 100 * e.top1_agreement)});
+    }
+    log::print(table.text());
+  } else {
+    closing.evaluated = summaries[0];
+  }
   log::print(closing_table(session, closing, {}, timer.seconds(), world));
 }
 

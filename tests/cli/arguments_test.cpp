@@ -42,7 +42,10 @@ TEST(Arguments, EveryCommandIsKnown) {
 
 TEST(Arguments, EvaluateTakesACheckpointOrTheOriginal) {
   const auto a = std::get<Arguments>(parsed({"evaluate", "c", "--checkpoint", "d", "--json", "f"}));
-  EXPECT_EQ(a.checkpoint, "d");
+  EXPECT_EQ(a.checkpoints, std::vector<std::string>{"d"});
+  const auto several =
+      std::get<Arguments>(parsed({"evaluate", "c", "--checkpoint", "d", "--checkpoint", "e"}));
+  EXPECT_EQ(several.checkpoints, (std::vector<std::string>{"d", "e"}));
   EXPECT_EQ(a.json_output, "f");
   EXPECT_TRUE(std::get<Arguments>(parsed({"evaluate", "c", "--original-only"})).original_only);
 

@@ -27,7 +27,7 @@ struct Models {
     tokens = at::randint(kVocabulary, {n_windows, length}, at::kInt);
   }
   [[nodiscard]] TokenMetrics compare_all() const {
-    return compare(config, original, hidden_original, quantized, hidden_quantized, tokens);
+    return compare(config, {&original, hidden_original}, {{&quantized, hidden_quantized}}, tokens)[0];
   }
   /// Log-probabilities by the formulas, f64: [b, T-1, vocab].
   [[nodiscard]] at::Tensor reference(const model::HeadWeights& head, const at::Tensor& hidden) const {
@@ -63,8 +63,8 @@ TEST(TokenMetrics, DoNotDependOnWhereChunksAndWindowsAreCut) {
   const Models m(2, 300);
   const TokenMetrics whole = m.compare_all();
   const auto cut = [](const at::Tensor& values) { return values.slice(0, 1, 2).slice(1, 0, 140); };
-  const TokenMetrics part = compare(m.config, m.original, cut(m.hidden_original), m.quantized,
-                                    cut(m.hidden_quantized), cut(m.tokens));
+  const TokenMetrics part = compare(m.config, {&m.original, cut(m.hidden_original)},
+                                    {{&m.quantized, cut(m.hidden_quantized)}}, cut(m.tokens))[0];
   EXPECT_LT(largest_difference(part.nll_original[0], whole.nll_original[1].slice(0, 0, 139)), kNatTolerance);
   EXPECT_LT(largest_difference(part.nll_quantized[0], whole.nll_quantized[1].slice(0, 0, 139)),
             kNatTolerance);
@@ -75,10 +75,21 @@ TEST(TokenMetrics, DoNotDependOnWhereChunksAndWindowsAreCut) {
 TEST(TokenMetrics, OfIdenticalModelsShowNoDivergence) {
   const Models m(1, 150);
   const TokenMetrics found =
-      compare(m.config, m.original, m.hidden_original, m.original, m.hidden_original, m.tokens);
+      compare(m.config, {&m.original, m.hidden_original}, {{&m.original, m.hidden_original}}, m.tokens)[0];
   EXPECT_EQ(found.kl.abs().max().item<float>(), 0.0F);
   EXPECT_TRUE(at::equal(found.nll_quantized, found.nll_original));
   EXPECT_EQ(found.same_top1.sum().item<int64_t>(), 149);
+}
+
+TEST(TokenMetrics, OfSeveralModelsAreThoseOfEachAlone) {
+  const Models m(1, 150);
+  const std::vector<TokenMetrics> both =
+      compare(m.config, {&m.original, m.hidden_original},
+              {{&m.original, m.hidden_original}, {&m.quantized, m.hidden_quantized}}, m.tokens);
+  ASSERT_EQ(both.size(), 2U);
+  EXPECT_EQ(both[0].kl.abs().max().item<float>(), 0.0F);
+  EXPECT_TRUE(at::equal(both[1].kl, m.compare_all().kl));
+  EXPECT_TRUE(at::equal(both[1].nll_quantized, m.compare_all().nll_quantized));
 }
 
 TEST(TokenMetrics, DivergenceIsNeverNegativeBeyondRounding) {
@@ -90,7 +101,7 @@ TEST(TokenMetrics, DivergenceIsNeverNegativeBeyondRounding) {
 
 TEST(TokenMetrics, OfOneModelHoldItsLossOnly) {
   const Models m(1, 20);
-  const TokenMetrics alone = compare(m.config, m.original, m.hidden_original, {}, {}, m.tokens);
+  const TokenMetrics alone = compare(m.config, {&m.original, m.hidden_original}, {}, m.tokens)[0];
   EXPECT_TRUE(at::equal(alone.nll_original, m.compare_all().nll_original));
   EXPECT_FALSE(alone.nll_quantized.defined() || alone.kl.defined() || alone.same_top1.defined());
 }

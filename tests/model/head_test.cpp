@@ -102,7 +102,7 @@ TEST(LossAndGradient, KeepsTheDtypeOfHidden) {
       loss_and_gradient(small_config(), head, hidden, random_tokens(1, 4), lengths_of({4}), {0, 1}, {});
 
   EXPECT_EQ(result.gradient.scalar_type(), at::kBFloat16);
-  EXPECT_EQ(head_logits(small_config(), head, hidden).scalar_type(), at::kFloat);
+  EXPECT_EQ(head_logits(small_config(), head, hidden).scalar_type(), at::kBFloat16);
 }
 
 TEST(LossAndGradient, NamesSequenceAndTokenOfANonFiniteLoss) {

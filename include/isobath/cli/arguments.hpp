@@ -14,18 +14,18 @@ enum class Command { run, measure, quantize, evaluate, inspect, check, version }
 struct Arguments {
   Command command = Command::version;
   log::Level level = log::Level::info;
-  std::string config_path;            ///< run, measure, quantize, evaluate, check
-  std::vector<std::string> settings;  ///< "key=value" of each --set
-  bool resume = false;                ///< run, measure, quantize
-  std::string checkpoint;             ///< evaluate: quantized checkpoint instead of the run directory's
-  bool original_only = false;         ///< evaluate
-  std::string json_output;            ///< evaluate: file to write
-  std::string statistics;             ///< inspect: file or directory
-  int64_t top = 20;                   ///< inspect: rows of the table
-  bool as_json = false;               ///< inspect
-  int n_ranks = 0;                    ///< check; 0: as many as run now
-  bool shows_keys = false;            ///< check: prints the reference of all keys and ends
-  bool shows_schema = false;          ///< check: prints the JSON schema and ends
+  std::string config_path;               ///< run, measure, quantize, evaluate, check
+  std::vector<std::string> settings;     ///< "key=value" of each --set
+  bool resume = false;                   ///< run, measure, quantize
+  std::vector<std::string> checkpoints;  ///< evaluate: quantized checkpoints instead of the run directory's
+  bool original_only = false;            ///< evaluate
+  std::string json_output;               ///< evaluate: file to write
+  std::string statistics;                ///< inspect: file or directory
+  int64_t top = 20;                      ///< inspect: rows of the table
+  bool as_json = false;                  ///< inspect
+  int n_ranks = 0;                       ///< check; 0: as many as run now
+  bool shows_keys = false;               ///< check: prints the reference of all keys and ends
+  bool shows_schema = false;             ///< check: prints the JSON schema and ends
 };
 
 /// Text to print instead of a command: help (ok) or a usage error (config).

@@ -16,17 +16,23 @@ struct TokenMetrics {
   at::Tensor same_top1;      ///< [b, T−1] u8
 };
 
-/// Compares the two models' predictions from their last hidden states, in token chunks, without storing
-/// logits [b, T, vocab]. hidden_* [b, T, d_model]; quantized may be undefined: then only nll_original is set.
-/// tokens [b, T] i32. Local. Chunks never cross a window, so a window's results do not depend on the others.
+/// A model's last hidden states [b, T, d_model] and its head.
+struct Prediction {
+  const model::HeadWeights* head = nullptr;
+  at::Tensor hidden;
+};
+
+/// Compares models' predictions with the original's from their last hidden states, in token chunks, without
+/// storing logits [b, T, vocab]; one result a compared model, or one with nll_original alone when there is
+/// none. tokens [b, T] i32. Local. Chunks never cross a window, so a window's results do not depend on the
+/// others.
 ///
-/// Memory   two [128, vocab] f32.
+/// Memory   two [128, vocab] in the hidden states' dtype (f32 copies of them off the fast path).
 ///
 /// Throws   NumericError naming model, row of the batch and token where a loss is not finite.
-[[nodiscard]] TokenMetrics compare(const model::ModelConfig& config, const model::HeadWeights& original_head,
-                                   const at::Tensor& hidden_original,
-                                   const model::HeadWeights& quantized_head,
-                                   const at::Tensor& hidden_quantized, const at::Tensor& tokens);
+[[nodiscard]] std::vector<TokenMetrics> compare(const model::ModelConfig& config, const Prediction& original,
+                                                const std::vector<Prediction>& quantized,
+                                                const at::Tensor& tokens);
 
 struct Summary {
   int64_t n_tokens = 0;

@@ -24,8 +24,8 @@ struct LossResult {
 /// tokens [b, T] i32 -> [b, T, d_model].
 [[nodiscard]] at::Tensor embed(const at::Tensor& embedding, const at::Tensor& tokens);
 
-/// Final norm and output projection. hidden [..., d_model] -> logits [..., vocab] f32 (computed in hidden's
-/// dtype, then widened, as transformers does).
+/// Final norm and output projection. hidden [..., d_model] -> logits [..., vocab] in hidden's
+/// dtype.
 [[nodiscard]] at::Tensor head_logits(const ModelConfig& config, const HeadWeights& head,
                                      const at::Tensor& hidden);
 

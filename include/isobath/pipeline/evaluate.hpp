@@ -6,18 +6,23 @@
 
 namespace isobath::pipeline {
 
-/// Perplexity of the original model, and of `quantized` with KL and top-1 agreement when it is not empty, in
-/// one streaming pass: windows flow through the stages with the hidden states of both models, the last stage
-/// compares, no logits are stored.
+/// Perplexity of the original model, and of each checkpoint of `quantized` with KL and top-1 agreement, in
+/// one streaming pass: windows flow through the stages with the hidden states of all models, the last stage
+/// compares, no logits are stored. One summary a checkpoint, or the original's alone when there is none.
 ///
-/// `weights`: the original's stage weights. Memory: one window's hidden states a stage, both models' stage
-/// weights. Collective over the session's world; the summary is the same on every rank and for every grid.
-[[nodiscard]] evaluate::Summary evaluate_model(const Session& session, const StageWeights& weights,
-                                               const std::filesystem::path& quantized,
-                                               report::EventLog& events);
+/// `weights`: the original's stage weights. Memory: one window's hidden states a stage, all models' stage
+/// weights. Collective over the session's world; the summaries are the same on every rank and for every grid.
+[[nodiscard]] std::vector<evaluate::Summary> evaluate_model(
+    const Session& session, const StageWeights& weights, const std::vector<std::filesystem::path>& quantized,
+    report::EventLog& events);
 
 /// evaluation.json: the summary with the options it holds for.
 [[nodiscard]] std::string evaluation_json(const evaluate::Summary& summary,
                                           const config::Evaluation& options);
+
+/// A list of such objects, each with its `checkpoint`.
+[[nodiscard]] std::string evaluations_json(const std::vector<std::filesystem::path>& quantized,
+                                           const std::vector<evaluate::Summary>& summaries,
+                                           const config::Evaluation& options);
 
 }  // namespace isobath::pipeline

@@ -17,9 +17,11 @@ enum class Stage { measure, quantize, evaluate };
 void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool resume,
          const comm::Communicator& world);
 
-/// Evaluates config.model, and `quantized` against it when not empty, without a run directory; prints the
-/// table and, when `json_output` is not empty, writes it there. Collective over `world`.
-void evaluate_checkpoints(const config::RunConfig& config, const std::filesystem::path& quantized,
+/// Evaluates config.model, and each of `quantized` against it, without a run directory; prints the table and,
+/// when `json_output` is not empty, writes it there: an object, or a list of them for several checkpoints.
+/// Collective over `world`.
+void evaluate_checkpoints(const config::RunConfig& config,
+                          const std::vector<std::filesystem::path>& quantized,
                           const std::filesystem::path& json_output, const comm::Communicator& world);
 
 /// What `check` finds without a job and without reading weights: problems (empty: none) and a description of
