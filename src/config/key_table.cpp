@@ -292,6 +292,10 @@ void add_quantization_keys(Table& t) {
   t.real(
       "quantization.damping", [](auto& c) -> auto& { return c.quantization.damping; }, 0, false, 1,
       "Share of the mean diagonal added to the covariance's diagonal.");
+  t.integer(
+      "quantization.refinement.sweeps", [](auto& c) -> auto& { return c.quantization.refinement.sweeps; }, 0,
+      "sweeps",
+      "Coordinate-descent sweeps over codes and scales after the column loop, at most; 0 does none.");
   t.word(
       "quantization.reestimate.policy", [](auto& c) -> auto& { return c.quantization.reestimate.policy; },
       {"never", "every"}, "When token weights are measured again behind the blocks quantized so far.");

@@ -5,6 +5,7 @@
 #include <isobath/core/log.hpp>
 #include <isobath/core/timer.hpp>
 #include <isobath/pipeline/share.hpp>
+#include <isobath/quant/refine.hpp>
 #include <isobath/sensitivity/covariance.hpp>
 #include <isobath/sensitivity/token_weights.hpp>
 #include <limits>
@@ -24,6 +25,7 @@ struct BlockSolver::Unit {
   int root = 0;          // rank that holds H and factorizes
   at::Tensor h;          // [d, d] f32 on root
   quant::Factor factor;  // replicated
+  at::Tensor damped_h;   // [d, d] f32, replicated; only when codes are refined
   bool is_weighted = false;
   int64_t n_fallbacks = 0;
 };
@@ -59,7 +61,7 @@ void put_rows(quant::QuantizedMatrix& whole, int64_t begin, const quant::Quantiz
 }  // namespace
 
 BlockSolver::BlockSolver(const Session& session, const CalibrationSet& calibration)
-    : session_(session), calibration_(calibration) {
+    : session_(session), calibration_(calibration), n_sweeps_(session.config.quantization.refinement.sweeps) {
   const config::Quantization& quantization = session.config.quantization;
   factor_spec_ = {.damping = quantization.damping,
                   .act_order = quantization.act_order == "static" ? quant::ActOrder::static_groups
@@ -168,6 +170,10 @@ void BlockSolver::factorize(Unit& unit) const {
     *part = part->contiguous();
     world.broadcast(*part, unit.root);
   }
+  if (n_sweeps_ == 0) return;
+  unit.damped_h =
+      is_root ? quant::damped_hessian(unit.h, unit.factor.damping) : at::empty({d, d}, at::kFloat);
+  world.broadcast(unit.damped_h, unit.root);
 }
 
 void BlockSolver::solve_rows(const Unit& unit, const SolveTask& task, const at::Tensor& weight,
@@ -179,8 +185,9 @@ void BlockSolver::solve_rows(const Unit& unit, const SolveTask& task, const at::
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
     const int64_t begin = tile * quant::kRowTile, end = std::min(n_rows, begin + quant::kRowTile);
     const at::Tensor w = weight.slice(0, begin, end).to(at::kCPU, at::kFloat).contiguous();
-    const quant::QuantizedMatrix part = unit.factor.failed ? quant::round_to_nearest(w, {}, task.grid)
-                                                           : quant::gptq(w, unit.factor, task.grid);
+    quant::QuantizedMatrix part = unit.factor.failed ? quant::round_to_nearest(w, {}, task.grid)
+                                                     : quant::gptq(w, unit.factor, task.grid);
+    if (unit.damped_h.defined()) part = quant::refine(part, w, unit.damped_h, n_sweeps_);
     put_rows(matrix, begin, part);
   }
   for (at::Tensor* part : {&matrix.codes, &matrix.scale, &matrix.zero}) share_disjoint(*part, world);
@@ -222,6 +229,7 @@ std::vector<Solved> BlockSolver::solve(int64_t block, const std::vector<SolveTas
     for (Unit* unit : failed) {
       unit->h = plain[0].h;
       unit->factor = plain[0].factor;
+      unit->damped_h = plain[0].damped_h;
       unit->root = plain[0].root;
       unit->is_weighted = false;
       unit->n_fallbacks += 1 + plain[0].n_fallbacks;

@@ -38,6 +38,7 @@ quantization:
   clip_search: false
   act_order: static
   damping: 1e-3
+  refinement: {sweeps: 3}
   reestimate: {policy: every, blocks: 7}
   ignore: []
   overrides:
@@ -79,6 +80,7 @@ checkpoint: {every_blocks: 12, keep: 13}
   EXPECT_FALSE(c.quantization.clip_search);
   EXPECT_EQ(c.quantization.act_order, "static");
   EXPECT_EQ(c.quantization.damping, 1e-3);
+  EXPECT_EQ(c.quantization.refinement.sweeps, 3);
   EXPECT_EQ(c.quantization.reestimate.policy, "every");
   EXPECT_EQ(c.quantization.reestimate.blocks, 7);
   EXPECT_TRUE(c.quantization.ignore.empty());

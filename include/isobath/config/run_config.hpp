@@ -39,6 +39,9 @@ struct Reestimate {
   std::string policy = "never";  ///< never | every
   int64_t blocks = 5;
 };
+struct Refinement {
+  int64_t sweeps = 0;  ///< 0: off
+};
 struct Quantization {
   std::string solver = "gptq";            ///< gptq | round_to_nearest
   std::string weighting = "sensitivity";  ///< sensitivity | none
@@ -47,6 +50,7 @@ struct Quantization {
   bool symmetric = true, clip_search = true;
   std::string act_order = "none";  ///< none | static
   double damping = 0.01;
+  Refinement refinement;
   Reestimate reestimate;
   std::vector<std::string> ignore = {"lm_head"};
   std::vector<Override> overrides;

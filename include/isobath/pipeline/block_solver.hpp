@@ -49,7 +49,8 @@ struct Solved {
 ///
 /// Memory   per module and row group: two d² f32 and ⌈log₂ shards⌉ partial sums; the factorizing rank two d²
 /// f64 more. Network  per H: ⌈log₂ ranks⌉ messages of d² f32 on the critical path, one broadcast of the
-/// factor, one exchange of codes. Collective over the session's world.
+/// factor (with refinement a second one of d² f32, of H), one exchange of codes. Collective over the
+/// session's world.
 class BlockSolver {
  public:
   BlockSolver(const Session& session, const CalibrationSet& calibration);
@@ -74,6 +75,7 @@ class BlockSolver {
   const Session& session_;
   const CalibrationSet& calibration_;
   quant::FactorSpec factor_spec_;
+  int64_t n_sweeps_;  ///< of refinement, at most
 };
 
 }  // namespace isobath::pipeline

@@ -9,6 +9,10 @@ namespace isobath::quant::reference {
 /// over all later columns.
 [[nodiscard]] QuantizedMatrix gptq(const at::Tensor& w, const at::Tensor& h, const FactorSpec& factor,
                                    const GridSpec& spec);
+/// Coordinate descent one row at a time: every code against all others by the whole objective, then every
+/// group's grid.
+[[nodiscard]] QuantizedMatrix refine(const QuantizedMatrix& start, const at::Tensor& target,
+                                     const at::Tensor& h, int64_t sweeps);
 [[nodiscard]] GroupGrid fit_grid(const at::Tensor& w, const at::Tensor& importance, const GridSpec& spec);
 
 }  // namespace isobath::quant::reference
