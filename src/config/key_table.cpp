@@ -107,23 +107,30 @@ class Table {
         [field](const RunConfig& c) { return field(c) == 0 ? "auto" : std::to_string(field(c)); });
   }
 
-  /// A real number in (least, most], or [least, most] when `with_least`.
+  /// A real number in (least, most], or [least, most] when `with_least`; `with_auto` also takes the word (−1
+  /// in the struct).
   template <class Field>
   void real(const std::string& key, Field field, double least, bool with_least, double most,
-            const std::string& description, const std::string& unit = "") {
-    const std::string type =
-        fmt::format("number {} {} and at most {}", with_least ? "at least" : "above", least, most);
+            const std::string& description, const std::string& unit = "", bool with_auto = false) {
+    const std::string type = fmt::format("{}number {} {} and at most {}", with_auto ? "auto or " : "",
+                                         with_least ? "at least" : "above", least, most);
+    ordered_json schema = {
+        {"type", "number"}, {with_least ? "minimum" : "exclusiveMinimum", least}, {"maximum", most}};
+    if (with_auto) schema = {{"anyOf", {{{"const", "auto"}}, schema}}};
     add(
-        key, type, unit, description,
-        {{"type", "number"}, {with_least ? "minimum" : "exclusiveMinimum", least}, {"maximum", most}},
+        key, type, unit, description, schema,
         [=](RunConfig& c, const YAML::Node& node) {
+          if (with_auto && node.IsScalar() && node.Scalar() == "auto") {
+            field(c) = -1;
+            return;
+          }
           const double value = number_of<double>(node, type);
           // Written so that NaN fails.
           if (!((with_least ? value >= least : value > least) && value <= most))
             throw Mismatch(fmt::format("expected {}, found {}", type, value));
           field(c) = value;
         },
-        [field](const RunConfig& c) { return fmt::format("{}", field(c)); });
+        [=](const RunConfig& c) { return with_auto && field(c) < 0 ? "auto" : fmt::format("{}", field(c)); });
   }
 
   void add(const std::string& key, const std::string& type, const std::string& unit,
@@ -260,6 +267,11 @@ void add_sensitivity_keys(Table& t) {
   t.real(
       "sensitivity.exponent", [](auto& c) -> auto& { return c.sensitivity.exponent; }, 0, true, 4,
       "Power that token weights are raised to; 0 makes all tokens equal.");
+  t.real(
+      "sensitivity.shrinkage", [](auto& c) -> auto& { return c.sensitivity.shrinkage; }, 0, true, 1,
+      "Share of the covariance of equal tokens mixed into the weighted one; auto takes d / (d + effective "
+      "tokens).",
+      "", /*with_auto=*/true);
   t.flag(
       "sensitivity.covariance", [](auto& c) -> auto& { return c.sensitivity.covariance; },
       "Also stores the weighted covariance of every module of the unquantized model.");
@@ -297,6 +309,22 @@ void add_quantization_keys(Table& t) {
   t.real(
       "quantization.damping", [](auto& c) -> auto& { return c.quantization.damping; }, 0, false, 1,
       "Share of the mean diagonal added to the covariance's diagonal.");
+  t.integer(
+      "quantization.refinement.sweeps", [](auto& c) -> auto& { return c.quantization.refinement.sweeps; }, 0,
+      "sweeps",
+      "Coordinate-descent sweeps over codes and scales after the column loop, at most; 0 does none.");
+  t.word(
+      "quantization.asymmetric.correction",
+      [](auto& c) -> auto& { return c.quantization.asymmetric.correction; }, {"none", "qep", "gptaq"},
+      "Correction of the weights for what the quantized prefix did to their input; none ignores it. Costs "
+      "one "
+      "more forward pass.");
+  t.real(
+      "quantization.asymmetric.strength", [](auto& c) -> auto& { return c.quantization.asymmetric.strength; },
+      0, true, 1, "Share of the correction that is made.");
+  t.real(
+      "quantization.asymmetric.damping", [](auto& c) -> auto& { return c.quantization.asymmetric.damping; },
+      0, false, 1000, "Share of the mean diagonal added to the covariance in correction qep.");
   t.word(
       "quantization.reestimate.policy", [](auto& c) -> auto& { return c.quantization.reestimate.policy; },
       {"never", "every"}, "When token weights are measured again behind the blocks quantized so far.");

@@ -5,39 +5,15 @@
 #include <isobath/core/log.hpp>
 #include <isobath/core/timer.hpp>
 #include <isobath/pipeline/share.hpp>
-#include <isobath/sensitivity/covariance.hpp>
-#include <isobath/sensitivity/token_weights.hpp>
+#include <isobath/quant/correction.hpp>
+#include <isobath/quant/refine.hpp>
 #include <limits>
+
+#include "solver_units.hpp"
 
 namespace isobath::pipeline {
 
-/// One H and the rows it serves: a row group of one module, or every row of all modules of the set when D
-/// = 1.
-struct BlockSolver::Unit {
-  struct Rows {
-    size_t task;
-    Range rows;
-  };
-  std::vector<Rows> serves;
-  at::Tensor token_weights;  // [n, T] f32 robust and normalised to mean 1; undefined: D = 1
-  double n_effective = 0;
-  int root = 0;          // rank that holds H and factorizes
-  at::Tensor h;          // [d, d] f32 on root
-  quant::Factor factor;  // replicated
-  bool is_weighted = false;
-  int64_t n_fallbacks = 0;
-};
-
 namespace {
-
-// [n, T] D of one row group: clipped, raised, and scaled to mean 1 so that objectives of different modules
-// can be compared.
-at::Tensor robust_weights(const at::Tensor& raw, const config::Sensitivity& sensitivity) {
-  const double threshold = sensitivity::clip_threshold(raw, sensitivity.clip_quantile);
-  const at::Tensor robust = sensitivity::robust(raw, threshold, sensitivity.exponent);
-  const double mean = robust.sum(at::kDouble).item<double>() / static_cast<double>(robust.numel());
-  return mean > 0 ? robust / mean : robust;
-}
 
 // All zero, so that ranks can fill in their rows and share them.
 quant::QuantizedMatrix zero_matrix(int64_t n_rows, int64_t n_columns, const quant::GridSpec& grid) {
@@ -59,91 +35,35 @@ void put_rows(quant::QuantizedMatrix& whole, int64_t begin, const quant::Quantiz
 }  // namespace
 
 BlockSolver::BlockSolver(const Session& session, const CalibrationSet& calibration)
-    : session_(session), calibration_(calibration) {
+    : session_(session), calibration_(calibration), n_sweeps_(session.config.quantization.refinement.sweeps) {
   const config::Quantization& quantization = session.config.quantization;
   factor_spec_ = {.damping = quantization.damping,
                   .act_order = quantization.act_order == "static" ? quant::ActOrder::static_groups
                                                                   : quant::ActOrder::none};
 }
 
-std::vector<BlockSolver::Unit> BlockSolver::make_units(const std::vector<SolveTask>& tasks,
-                                                       const model::BlockWeights& weights) const {
-  std::vector<Unit> units;
-  for (size_t t = 0; t < tasks.size(); ++t) {
-    const int64_t n_rows = weights[tasks[t].projection].weight.size(0);
-    if (!tasks[t].token_weights.defined()) {
-      // D = 1: the modules of a set share one H.
-      if (units.empty() || units.back().token_weights.defined()) units.emplace_back();
-      units.back().serves.push_back({t, {0, n_rows}});
-      continue;
-    }
-    const int64_t n_groups = tasks[t].token_weights.size(2);
-    for (int64_t k = 0; k < n_groups; ++k) {
-      Unit unit;
-      unit.serves.push_back({t, partition(n_rows, n_groups, k)});
-      unit.token_weights = robust_weights(tasks[t].token_weights.select(2, k), session_.config.sensitivity);
-      const double sum = unit.token_weights.sum(at::kDouble).item<double>();
-      const double squares = unit.token_weights.to(at::kDouble).square().sum().item<double>();
-      unit.n_effective = sensitivity::effective_samples(sum, squares);
-      unit.is_weighted = true;
-      units.push_back(std::move(unit));
-    }
-  }
-  for (size_t u = 0; u < units.size(); ++u) units[u].root = static_cast<int>(u) % session_.world().size();
-  return units;
-}
-
-void BlockSolver::accumulate(std::vector<Unit>& units, int64_t n_channels,
-                             const ForEachInput& for_each_input) const {
-  const comm::Communicator& world = session_.world();
-  const std::vector<int> owners = calibration_.shards.owners(world.size());
-  std::vector<comm::TreeSum> trees;
-  std::vector<sensitivity::Covariance> shard_sums;
-  for (size_t u = 0; u < units.size(); ++u) {
-    trees.emplace_back(owners, world.rank());
-    shard_sums.emplace_back(n_channels, session_.device);
-  }
-  int64_t shard = -1;
-  const auto close_shard = [&] {
-    if (shard < 0) return;
-    for (size_t u = 0; u < units.size(); ++u) {
-      trees[u].add(shard, shard_sums[u].value().cpu());
-      shard_sums[u] = sensitivity::Covariance(n_channels, session_.device);
-    }
-  };
-  for_each_input([&](const data::Microbatch& microbatch, const at::Tensor& x) {
-    if (microbatch.shard != shard) {
-      close_shard();
-      shard = microbatch.shard;
-    }
-    const at::Tensor rows = x.flatten(0, 1);
-    for (size_t u = 0; u < units.size(); ++u) {
-      at::Tensor weights;
-      if (units[u].token_weights.defined()) {
-        weights =
-            units[u].token_weights.slice(0, microbatch.sequences.begin, microbatch.sequences.end).flatten();
-      } else if (const at::Tensor mask = calibration_.mask_of(microbatch.sequences); mask.defined()) {
-        weights = mask.flatten().to(at::kFloat);
-      }
-      shard_sums[u].add(rows, weights.defined() ? weights.to(session_.device) : weights);
-    }
-  });
-  close_shard();
-  for (Unit& unit : units) {
-    at::Tensor sum = trees[static_cast<size_t>(&unit - units.data())].reduce_to(unit.root, world);
-    if (world.rank() == unit.root) unit.h = std::move(sum);
-  }
-}
-
-void BlockSolver::factorize(Unit& unit) const {
+void BlockSolver::factorize(std::vector<SolverUnit>& units) const {
   // H is positive semidefinite whatever D is; the trailing rank of few effective samples is what damping is
-  // for.
+  // for. All roots factorize at once, then each sends.
+  const comm::Communicator& world = session_.world();
+  const config::Asymmetric& asymmetric = session_.config.quantization.asymmetric;
+  for (SolverUnit& unit : units) {
+    if (world.rank() != unit.root) continue;
+    unit.factor = quant::factorize(unit.h, factor_spec_);
+    if (unit.factor.failed || !asymmetric.is_on()) continue;
+    unit.correction = asymmetric.correction == "qep"
+                          ? quant::qep_correction(unit.c, unit.h, asymmetric.damping)
+                          : quant::gptaq_correction(unit.c, unit.factor);
+  }
+  for (SolverUnit& unit : units) share(unit);
+}
+
+void BlockSolver::share(SolverUnit& unit) const {
   const comm::Communicator& world = session_.world();
   const bool is_root = world.rank() == unit.root;
   std::array<int64_t, 3> counts{};
   std::array<double, 1> damping{};
   if (is_root) {
-    unit.factor = quant::factorize(unit.h, factor_spec_);
     counts = {unit.h.size(0), unit.factor.n_fallbacks, unit.factor.failed ? 1 : 0};
     damping = {unit.factor.damping};
   }
@@ -151,77 +71,99 @@ void BlockSolver::factorize(Unit& unit) const {
   world.broadcast(std::span<double>(damping), unit.root);
   const int64_t d = counts[0];
   unit.n_fallbacks += counts[1];
+  std::vector<at::Tensor*> parts{&unit.h};
   if (!is_root) {
     unit.factor.n_fallbacks = counts[1];
     unit.factor.failed = counts[2] != 0;
     unit.factor.damping = damping[0];
+    unit.h = at::empty({d, d}, at::kFloat);
   }
-  if (unit.factor.failed) return;
-  if (!is_root) {
-    unit.factor.upper = at::empty({d, d}, at::kFloat);
-    unit.factor.order = at::empty({d}, at::kLong);
-    unit.factor.dead = at::empty({d}, at::kBool);
-    unit.factor.importance = at::empty({d}, at::kFloat);
+  const bool is_asymmetric = session_.config.quantization.asymmetric.is_on();
+  if (is_asymmetric) {
+    if (!is_root) unit.c = at::empty({d, d}, at::kFloat);
+    parts.push_back(&unit.c);
   }
-  for (at::Tensor* part :
-       {&unit.factor.upper, &unit.factor.order, &unit.factor.dead, &unit.factor.importance}) {
+  if (!unit.factor.failed) {
+    if (!is_root) {
+      unit.factor.upper = at::empty({d, d}, at::kFloat);
+      unit.factor.order = at::empty({d}, at::kLong);
+      unit.factor.dead = at::empty({d}, at::kBool);
+      unit.factor.importance = at::empty({d}, at::kFloat);
+      if (is_asymmetric) unit.correction = at::empty({d, d}, at::kFloat);
+    }
+    for (at::Tensor* part :
+         {&unit.factor.upper, &unit.factor.order, &unit.factor.dead, &unit.factor.importance})
+      parts.push_back(part);
+    if (is_asymmetric) parts.push_back(&unit.correction);
+  }
+  for (at::Tensor* part : parts) {
     *part = part->contiguous();
     world.broadcast(*part, unit.root);
   }
+  if (n_sweeps_ > 0 && !unit.factor.failed)
+    unit.damped_h = quant::damped_hessian(unit.h, unit.factor.damping);
 }
 
-void BlockSolver::solve_rows(const Unit& unit, const SolveTask& task, const at::Tensor& weight,
-                             quant::QuantizedMatrix& matrix) const {
+void BlockSolver::solve_rows(const SolverUnit& unit, const SolveTask& task, const at::Tensor& weight,
+                             quant::QuantizedMatrix& matrix, ModuleRecord& record) const {
   const comm::Communicator& world = session_.world();
   const int64_t n_rows = weight.size(0);
   const int64_t n_tiles = (n_rows + quant::kRowTile - 1) / quant::kRowTile;
   const Range tiles = partition(n_tiles, world.size(), world.rank());
+  at::Tensor objectives = at::zeros({n_tiles, 3}, at::kDouble);  // rounded, chosen, asymmetric
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
     const int64_t begin = tile * quant::kRowTile, end = std::min(n_rows, begin + quant::kRowTile);
-    const at::Tensor w = weight.slice(0, begin, end).to(at::kCPU, at::kFloat).contiguous();
-    const quant::QuantizedMatrix part = unit.factor.failed ? quant::round_to_nearest(w, {}, task.grid)
-                                                           : quant::gptq(w, unit.factor, task.grid);
+    const at::Tensor original = weight.slice(0, begin, end).to(at::kCPU, at::kFloat).contiguous();
+    const at::Tensor w =
+        unit.correction.defined()
+            ? quant::corrected(original, unit.correction, session_.config.quantization.asymmetric.strength)
+            : original;
+    const quant::QuantizedMatrix rounded = quant::round_to_nearest(original, {}, task.grid);
+    quant::QuantizedMatrix part = unit.factor.failed ? rounded : quant::gptq(w, unit.factor, task.grid);
+    if (unit.damped_h.defined()) part = quant::refine(part, w, unit.damped_h, n_sweeps_);
     put_rows(matrix, begin, part);
+    const at::Tensor chosen = quant::dequantize(part);
+    objectives[tile][0] = quant::objective(original, quant::dequantize(rounded), unit.h);
+    objectives[tile][1] = quant::objective(original, chosen, unit.h);
+    if (unit.c.defined()) objectives[tile][2] = quant::asymmetric_objective(original, chosen, unit.h, unit.c);
   }
-  for (at::Tensor* part : {&matrix.codes, &matrix.scale, &matrix.zero}) share_disjoint(*part, world);
-}
-
-void BlockSolver::score(const Unit& unit, const at::Tensor& weight, const quant::QuantizedMatrix& matrix,
-                        ModuleRecord& record) const {
-  const comm::Communicator& world = session_.world();
-  std::array<double, 2> objectives{};
-  if (world.rank() == unit.root) {
-    const at::Tensor w = weight.to(at::kCPU, at::kFloat).contiguous();
-    const auto rounded = quant::round_to_nearest(w, {}, matrix.spec);
-    objectives = {quant::objective(w, quant::dequantize(rounded), unit.h),
-                  quant::objective(w, quant::dequantize(matrix), unit.h)};
+  for (at::Tensor* part : {&matrix.codes, &matrix.scale, &matrix.zero, &objectives})
+    share_disjoint(*part, world);
+  // In the order of the tiles, whoever had them.
+  double asymmetric = 0;
+  for (int64_t tile = 0; tile < n_tiles; ++tile) {
+    record.objective_rounded += objectives[tile][0].item<double>();
+    record.objective += objectives[tile][1].item<double>();
+    asymmetric += objectives[tile][2].item<double>();
   }
-  world.broadcast(std::span<double>(objectives), unit.root);
-  record.objective_rounded += objectives[0];
-  record.objective += objectives[1];
+  if (unit.c.defined()) record.objective_asymmetric = record.objective_asymmetric.value_or(0) + asymmetric;
 }
 
 std::vector<Solved> BlockSolver::solve(int64_t block, const std::vector<SolveTask>& tasks,
                                        const model::BlockWeights& weights,
                                        const ForEachInput& for_each_input) const {
   const Timer timer;
-  std::vector<Unit> units = make_units(tasks, weights);
+  std::vector<SolverUnit> units = make_units(session_, tasks, weights, block);
   const int64_t n_channels = weights[tasks.front().projection].weight.size(1);
-  accumulate(units, n_channels, for_each_input);
-  for (Unit& unit : units) factorize(unit);
+  shrink_weights(session_, calibration_, units, n_channels, for_each_input);
+  accumulate(session_, calibration_, units, n_channels, for_each_input);
+  factorize(units);
 
   // A weighted H that no damping saved is replaced by the plain one; where that fails too, the rows are
   // rounded.
-  std::vector<Unit*> failed;
-  for (Unit& unit : units)
+  std::vector<SolverUnit*> failed;
+  for (SolverUnit& unit : units)
     if (unit.factor.failed && unit.is_weighted) failed.push_back(&unit);
   if (!failed.empty()) {
-    std::vector<Unit> plain(1);
-    accumulate(plain, n_channels, for_each_input);
-    factorize(plain[0]);
-    for (Unit* unit : failed) {
+    std::vector<SolverUnit> plain(1);
+    accumulate(session_, calibration_, plain, n_channels, for_each_input);
+    factorize(plain);
+    for (SolverUnit* unit : failed) {
       unit->h = plain[0].h;
+      unit->c = plain[0].c;
+      unit->correction = plain[0].correction;
       unit->factor = plain[0].factor;
+      unit->damped_h = plain[0].damped_h;
       unit->root = plain[0].root;
       unit->is_weighted = false;
       unit->n_fallbacks += 1 + plain[0].n_fallbacks;
@@ -239,15 +181,15 @@ std::vector<Solved> BlockSolver::solve(int64_t block, const std::vector<SolveTas
     record.group = tasks[t].grid.group;
     record.bits_per_weight = quant::bits_per_weight(weight.size(1), tasks[t].grid);
     record.effective_samples_per_channel = std::numeric_limits<double>::infinity();
-    for (const Unit& unit : units) {
-      for (const Unit::Rows& served : unit.serves) {
+    for (const SolverUnit& unit : units) {
+      for (const SolverUnit::Rows& served : unit.serves) {
         if (served.task != t) continue;
         const at::Tensor rows = weight.slice(0, served.rows.begin, served.rows.end);
         quant::QuantizedMatrix part = zero_matrix(rows.size(0), rows.size(1), tasks[t].grid);
-        solve_rows(unit, tasks[t], rows, part);
-        score(unit, rows, part, record);
+        solve_rows(unit, tasks[t], rows, part, record);
         put_rows(result.matrix, served.rows.begin, part);
         record.damping = std::max(record.damping, unit.factor.damping);
+        if (unit.is_weighted) record.shrinkage = std::max(record.shrinkage, unit.shrinkage);
         record.n_fallbacks += unit.n_fallbacks + (unit.factor.failed ? 1 : 0);
         record.weighting = unit.factor.failed ? "round_to_nearest"
                            : unit.is_weighted ? "sensitivity"
@@ -264,6 +206,25 @@ std::vector<Solved> BlockSolver::solve(int64_t block, const std::vector<SolveTas
     if (record.n_fallbacks > 0)
       log::warning("{}: {} fallbacks; damping {:g}, weighting {}", record.module, record.n_fallbacks,
                    record.damping, record.weighting);
+  }
+  return solved;
+}
+
+std::vector<Solved> round_set(int64_t block, const std::vector<SolveTask>& tasks,
+                              const model::BlockWeights& weights) {
+  std::vector<Solved> solved;
+  for (const SolveTask& task : tasks) {
+    const at::Tensor w = weights[task.projection].weight.to(at::kCPU, at::kFloat).contiguous();
+    Solved one{.matrix = quant::round_to_nearest(w, {}, task.grid), .record = {}};
+    const at::Tensor identity = at::eye(w.size(1), at::kFloat);
+    one.record.module = model::module_name(block, task.projection);
+    one.record.bits = task.grid.bits;
+    one.record.group = task.grid.group;
+    one.record.weighting = "round_to_nearest";
+    one.record.objective = quant::objective(w, quant::dequantize(one.matrix), identity);
+    one.record.objective_rounded = one.record.objective;
+    one.record.bits_per_weight = quant::bits_per_weight(w.size(1), task.grid);
+    solved.push_back(std::move(one));
   }
   return solved;
 }

@@ -8,9 +8,11 @@ namespace isobath::pipeline {
 
 using model::Projection;
 
-PrefixActivations::PrefixActivations(const Session& session, const CalibrationSet& calibration)
+PrefixActivations::PrefixActivations(const Session& session, const CalibrationSet& calibration,
+                                     std::string stream)
     : session_(session),
       calibration_(calibration),
+      stream_(std::move(stream)),
       rotary_(model::Rotary::make(session.model(), calibration.tokens.length(), session.device)),
       microbatches_(calibration.shards.microbatches_of(session.world().rank(), session.world().size())) {}
 
@@ -18,13 +20,6 @@ void PrefixActivations::embed(const at::Tensor& embedding) {
   for (const data::Microbatch& microbatch : microbatches_)
     hidden_[microbatch.index] =
         model::embed(embedding, calibration_.tokens_of(microbatch.sequences).to(session_.device));
-}
-
-ForEachInput PrefixActivations::inputs(int set, const model::BlockWeights& weights) const {
-  return [this, set, &weights](const std::function<void(const data::Microbatch&, const at::Tensor&)>& visit) {
-    for (const data::Microbatch& microbatch : microbatches_)
-      visit(microbatch, input(set, weights, microbatch.index));
-  };
 }
 
 at::Tensor PrefixActivations::input(int set, const model::BlockWeights& weights, int64_t microbatch) const {
@@ -66,7 +61,7 @@ void PrefixActivations::advance(int set, const model::BlockWeights& weights, int
 void PrefixActivations::require_finite(int64_t block) const {
   for (const data::Microbatch& microbatch : microbatches_)
     if (!std::isfinite(hidden_.at(microbatch.index).sum(at::kFloat).item<float>()))
-      fail<NumericError>("non-finite hidden state after quantized block {}, sequences [{}, {})", block,
+      fail<NumericError>("non-finite hidden state after {} block {}, sequences [{}, {})", stream_, block,
                          microbatch.sequences.begin, microbatch.sequences.end);
 }
 

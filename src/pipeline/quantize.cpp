@@ -11,9 +11,9 @@
 #include <isobath/core/timer.hpp>
 #include <isobath/formats/compressed_tensors.hpp>
 #include <isobath/io/files.hpp>
+#include <isobath/pipeline/hidden_streams.hpp>
 #include <isobath/pipeline/measure.hpp>
 #include <isobath/pipeline/model_output.hpp>
-#include <isobath/pipeline/prefix_activations.hpp>
 #include <isobath/report/progress.hpp>
 #include <nlohmann/json.hpp>
 
@@ -25,21 +25,34 @@ using model::Projection;
 
 constexpr int kHiddenTags = 16000;  // tags of Communicator are smaller than this
 
-std::string hidden_name(int64_t microbatch) {
-  return fmt::format("hidden/{:08d}", microbatch);
+nlohmann::json to_json(const ModuleRecord& record) {
+  nlohmann::json json = {{"module", record.module},
+                         {"bits", record.bits},
+                         {"group", record.group},
+                         {"weighting", record.weighting},
+                         {"damping", record.damping},
+                         {"fallbacks", record.n_fallbacks},
+                         {"effective_samples_per_channel", record.effective_samples_per_channel},
+                         {"objective_round_to_nearest", record.objective_rounded},
+                         {"objective", record.objective},
+                         {"bits_per_weight", record.bits_per_weight}};
+  if (record.objective_asymmetric) json["objective_asymmetric"] = *record.objective_asymmetric;
+  if (record.shrinkage > 0) json["shrinkage"] = record.shrinkage;
+  return json;
 }
 
-nlohmann::json to_json(const ModuleRecord& record) {
-  return {{"module", record.module},
-          {"bits", record.bits},
-          {"group", record.group},
-          {"weighting", record.weighting},
-          {"damping", record.damping},
-          {"fallbacks", record.n_fallbacks},
-          {"effective_samples_per_channel", record.effective_samples_per_channel},
-          {"objective_round_to_nearest", record.objective_rounded},
-          {"objective", record.objective},
-          {"bits_per_weight", record.bits_per_weight}};
+// One behind the last block with a linear to solve; 0 for round-to-nearest, which looks at weights only.
+int64_t blocks_to_travel(const Session& session) {
+  const config::Quantization& quantization = session.config.quantization;
+  int64_t n_blocks = quantization.solver == "round_to_nearest" ? 0 : session.model().n_blocks;
+  const auto is_solved = [&](int64_t block) {
+    for (int p = 0; p < model::kProjections; ++p)
+      if (choice_for(quantization, model::module_name(block, static_cast<Projection>(p))).quantized)
+        return true;
+    return false;
+  };
+  while (n_blocks > 0 && !is_solved(n_blocks - 1)) --n_blocks;
+  return n_blocks;
 }
 
 class QuantizePass {
@@ -57,9 +70,9 @@ class QuantizePass {
         output_(session, run.path()),
         solver_(session, calibration),
         device_comm_(session.world(), session.device),
-        activations_(session, calibration),
-        needs_hidden_(session.config.quantization.solver != "round_to_nearest"),
-        is_weighted_(needs_hidden_ && session.config.quantization.weighting == "sensitivity") {
+        n_travelled_(blocks_to_travel(session)),
+        streams_(session, calibration, session.config.quantization.asymmetric.is_on()),
+        is_weighted_(n_travelled_ > 0 && session.config.quantization.weighting == "sensitivity") {
     state_.stage = "quantize";
     state_.seed = session.config.calibration.seed;
   }
@@ -74,8 +87,8 @@ class QuantizePass {
       while (state_.next_block < session_.model().n_blocks) {
         const int64_t block = state_.next_block;
         comm::Watchdog::set_activity(fmt::format("quantize, block {}", block));
-        if (is_weighted_ && reestimate.policy == "every" && block > 0 && block % reestimate.blocks == 0 &&
-            state_.sensitivity_from_block < block)
+        if (is_weighted_ && block < n_travelled_ && reestimate.policy == "every" && block > 0 &&
+            block % reestimate.blocks == 0 && state_.sensitivity_from_block < block)
           estimate_again(block);
         quantize_block(block, progress);
         progress.advance();
@@ -92,20 +105,15 @@ class QuantizePass {
     if (generation) {
       state_ = generation->state();
       log::info("resuming quantize at block {} from generation {}", state_.next_block, generation->number());
-      // The generation of the last block needs no hidden states, and holds none.
-      if (needs_hidden_ && state_.next_block < session_.model().n_blocks)
-        session_.world().agree_on([&] {
-          for (const data::Microbatch& microbatch : activations_.microbatches())
-            activations_.set_hidden(microbatch.index,
-                                    generation->read(hidden_name(microbatch.index)).to(session_.device));
-        });
+      // Behind the last linear to quantize no hidden states are needed, and none are saved.
+      if (state_.next_block < n_travelled_) session_.world().agree_on([&] { streams_.restore(*generation); });
       return;
     }
     session_.world().agree_on([&] {
       if (session_.world().rank() == 0) fs::remove_all(output_.partial_directory());
     });
     new_outputs_ = output_.write_outside_blocks();
-    if (needs_hidden_) embed_tokens();
+    if (n_travelled_ > 0) embed_tokens();
   }
 
   void embed_tokens() {
@@ -117,7 +125,7 @@ class QuantizePass {
                                : at::empty({model.vocab_size, model.d_model},
                                            at::TensorOptions().dtype(session_.dtype).device(session_.device));
     device_comm_.broadcast(embedding, session_.grid->world_rank(0, 0));
-    activations_.embed(embedding);
+    streams_.embed(embedding);
   }
 
   // D of blocks >= block, measured with the hidden states that the quantized prefix produces.
@@ -126,17 +134,17 @@ class QuantizePass {
     const int entry_stage = session_.stage_of(block), n_replicas = session_.grid->shape().replicas;
     const int64_t n_shards = calibration_.shards.n_shards();
     std::vector<std::pair<at::Tensor, comm::Request>> leaving;
-    for (const data::Microbatch& microbatch : activations_.microbatches()) {
+    for (const data::Microbatch& microbatch : streams_.microbatches()) {
       const int reader = session_.grid->world_rank(
           entry_stage, static_cast<int>(owner_of(microbatch.shard, n_shards, n_replicas)));
       if (reader == world.rank()) continue;
-      at::Tensor hidden = activations_.hidden(microbatch.index).cpu();
+      at::Tensor hidden = streams_.hidden(microbatch.index).cpu();
       auto request = world.send_async(hidden, reader, static_cast<int>(microbatch.index % kHiddenTags));
       leaving.emplace_back(std::move(hidden), std::move(request));
     }
     const auto source = [&](const data::Microbatch& microbatch) {
       const int holder = static_cast<int>(owner_of(microbatch.shard, n_shards, world.size()));
-      if (holder == world.rank()) return activations_.hidden(microbatch.index);
+      if (holder == world.rank()) return streams_.hidden(microbatch.index);
       at::Tensor hidden =
           at::empty({microbatch.sequences.size(), calibration_.tokens.length(), session_.model().d_model},
                     session_.dtype);
@@ -204,6 +212,8 @@ class QuantizePass {
     if (is_weighted_)
       session_.world().agree_on([&] { token_weights = read_token_weights(current_statistics(), block); });
 
+    const bool travels = block < n_travelled_;
+    if (travels) streams_.enter_block(weights);
     matrices_.clear();
     std::vector<ModuleRecord> records;
     for (int set = 0; set < model::kInputSets; ++set) {
@@ -215,9 +225,9 @@ class QuantizePass {
           tasks.push_back({projection, grid_of(choice), token_weights[static_cast<size_t>(projection)]});
       }
       if (!tasks.empty()) {
-        std::vector<Solved> solved =
-            needs_hidden_ ? solver_.solve(block, tasks, weights, activations_.inputs(set, weights))
-                          : round(block, tasks, weights);
+        std::vector<Solved> solved = travels
+                                         ? solver_.solve(block, tasks, weights, streams_.inputs(set, weights))
+                                         : round_set(block, tasks, weights);
         for (size_t t = 0; t < tasks.size(); ++t) {
           // What follows sees the weights that a loader will see.
           weights[tasks[t].projection].weight =
@@ -226,31 +236,12 @@ class QuantizePass {
           matrices_.emplace(tasks[t].projection, std::move(solved[t].matrix));
         }
       }
-      if (needs_hidden_) activations_.advance(set, weights, block);
+      if (travels) streams_.advance(set, weights, block);
     }
     require_same_codes(block);
     write_block(block);
-    report_block(block, records, timer.seconds(), progress);
+    report_block(block, records, travels ? streams_.deviation() : std::nullopt, timer.seconds(), progress);
     state_.next_block = block + 1;
-  }
-
-  [[nodiscard]] std::vector<Solved> round(int64_t block, const std::vector<SolveTask>& tasks,
-                                          const model::BlockWeights& weights) const {
-    std::vector<Solved> solved;
-    for (const SolveTask& task : tasks) {
-      const at::Tensor w = weights[task.projection].weight.to(at::kCPU, at::kFloat).contiguous();
-      Solved one{.matrix = quant::round_to_nearest(w, {}, task.grid), .record = {}};
-      const at::Tensor identity = at::eye(w.size(1), at::kFloat);
-      one.record.module = model::module_name(block, task.projection);
-      one.record.bits = task.grid.bits;
-      one.record.group = task.grid.group;
-      one.record.weighting = "round_to_nearest";
-      one.record.objective = quant::objective(w, quant::dequantize(one.matrix), identity);
-      one.record.objective_rounded = one.record.objective;
-      one.record.bits_per_weight = quant::bits_per_weight(w.size(1), task.grid);
-      solved.push_back(std::move(one));
-    }
-    return solved;
   }
 
   // Silent differences between ranks are the worst failure of a distributed quantizer: every block is
@@ -276,8 +267,8 @@ class QuantizePass {
     });
   }
 
-  void report_block(int64_t block, const std::vector<ModuleRecord>& records, double wall_s,
-                    report::Progress& progress) {
+  void report_block(int64_t block, const std::vector<ModuleRecord>& records, std::optional<double> deviation,
+                    double wall_s, report::Progress& progress) {
     double before = 0, after = 0;
     for (const ModuleRecord& record : records) {
       state_.bits[record.module] = record.bits;
@@ -293,10 +284,10 @@ class QuantizePass {
     }
     progress.note(fmt::format("block {}/{}: {} linears, objective {:.4g} -> {:.4g}, {:.1f} s", block + 1,
                               session_.model().n_blocks, records.size(), before, after, wall_s));
-    events_.write("block", {{"block", block},
-                            {"seconds", wall_s},
-                            {"objective_round_to_nearest", before},
-                            {"objective", after}});
+    nlohmann::json event = {
+        {"block", block}, {"seconds", wall_s}, {"objective_round_to_nearest", before}, {"objective", after}};
+    if (deviation) event["deviation"] = *deviation;
+    events_.write("block", event);
   }
 
   void save_if_due() {
@@ -305,9 +296,7 @@ class QuantizePass {
     const bool is_last = state_.next_block == session_.model().n_blocks;
     if (stop || is_last || state_.next_block % every == 0) {
       std::vector<std::pair<std::string, at::Tensor>> tensors;
-      if (!is_last && needs_hidden_)
-        for (const data::Microbatch& microbatch : activations_.microbatches())
-          tensors.emplace_back(hidden_name(microbatch.index), activations_.hidden(microbatch.index).cpu());
+      if (state_.next_block < n_travelled_) tensors = streams_.state();
       const Timer timer;
       generations_.commit(state_, tensors, output_.partial_directory(), new_outputs_);
       new_outputs_.clear();
@@ -369,9 +358,9 @@ class QuantizePass {
   ModelOutput output_;
   BlockSolver solver_;
   comm::DeviceCommunicator device_comm_;
-  PrefixActivations activations_;
-  bool needs_hidden_;  // round-to-nearest looks at weights only
-  bool is_weighted_;   // D weights H, so there is something to estimate again
+  int64_t n_travelled_;  // blocks that hidden states pass through: up to the last to solve
+  HiddenStreams streams_;
+  bool is_weighted_;  // D weights H, so there is something to estimate again
   checkpoint::RunState state_;
   std::map<Projection, quant::QuantizedMatrix> matrices_;  // of the block in work
   std::vector<std::string> new_outputs_;

@@ -81,9 +81,9 @@ GroupFitter::GroupFitter(const GridSpec& spec, int64_t n_columns, std::span<cons
   for (int64_t j = 0; j < n_columns; ++j) importance_[j] = largest > 0 ? importance[j] / largest : 1.0F;
 }
 
-float GroupFitter::storable(float scale) const {
-  const auto largest = round_to_storage(format_, format_.largest / static_cast<float>(1 << (spec_.bits + 1)));
-  return std::clamp(round_to_storage(format_, std::min(scale, largest)), format_.smallest, largest);
+float storable_scale(const GridSpec& spec, const StorageFormat& format, float scale) {
+  const auto largest = round_to_storage(format, format.largest / static_cast<float>(1 << (spec.bits + 1)));
+  return std::clamp(round_to_storage(format, std::min(scale, largest)), format.smallest, largest);
 }
 
 RowGrid GroupFitter::min_max() const {

@@ -14,6 +14,9 @@ struct RowGrid {
   int zero = 0;
 };
 
+/// The nearest scale that a loader reads back as it is and whose largest step does not overflow; positive.
+[[nodiscard]] float storable_scale(const GridSpec& spec, const StorageFormat& format, float scale);
+
 /// Fits grids of many rows for one group of columns; holds the scratch memory. Not shared by threads.
 class GroupFitter {
  public:
@@ -23,7 +26,7 @@ class GroupFitter {
   [[nodiscard]] RowGrid fit(const float* weights);
 
  private:
-  [[nodiscard]] float storable(float scale) const;
+  [[nodiscard]] float storable(float scale) const { return storable_scale(spec_, format_, scale); }
   [[nodiscard]] RowGrid min_max() const;
   void consider(RowGrid candidate);
   void search_symmetric();

@@ -4,9 +4,8 @@
 #include <isobath/core/error.hpp>
 #include <isobath/quant/solver.hpp>
 
-#include "candidates.hpp"
-#include "group_fit.hpp"
 #include "simd.hpp"
+#include "tile_grids.hpp"
 
 namespace isobath::quant {
 
@@ -16,12 +15,6 @@ using simd::kLanes;
 /// Columns between two updates of all later columns by a matrix product.
 static constexpr int64_t kBlock = 128;
 static_assert(kRowTile % kLanes == 0);
-
-/// The grids of one group for the rows of a tile, one array entry per row.
-struct TileGrids {
-  std::array<float, kRowTile> scale, inverse, low, high;
-  std::array<int8_t, kRowTile> zero;
-};
 
 /// Rounds one column of a tile and moves its error to the `n_later` columns that follow it in the block.
 /// columns [1 + n_later, kRowTile]; upper_row [1 + n_later] starts at the diagonal; error, codes [kRowTile].
@@ -217,7 +210,7 @@ class TileSolver {
     const auto* tile = tile_.const_data_ptr<float>() + group * width_ * kRowTile;
     for (int64_t row = 0; row < kRowTile; ++row) {
       for (int64_t j = 0; j < width_; ++j) row_of_group_[j] = tile[j * kRowTile + row];
-      set_grid(group, row, fitter.fit(row_of_group_.data()));
+      grids_[group].set(row, fitter.fit(row_of_group_.data()), spec_);
     }
   }
 
@@ -229,17 +222,8 @@ class TileSolver {
         const bool is_zero = row >= n_rows || dead[j];
         row_of_group_[j] = is_zero ? 0.0F : weights[row * n_columns_ + group * width_ + j];
       }
-      set_grid(group, row, fitter.fit(row_of_group_.data()));
+      grids_[group].set(row, fitter.fit(row_of_group_.data()), spec_);
     }
-  }
-
-  void set_grid(int64_t group, int64_t row, RowGrid grid) {
-    TileGrids& grids = grids_[group];
-    grids.scale[row] = grid.scale;
-    grids.inverse[row] = 1.0F / grid.scale;
-    grids.low[row] = static_cast<float>(smallest_code(spec_) - grid.zero);
-    grids.high[row] = static_cast<float>(largest_code(spec_) - grid.zero);
-    grids.zero[row] = static_cast<int8_t>(grid.zero);
   }
 
   const Factor& factor_;
@@ -282,8 +266,8 @@ QuantizedMatrix gptq(const at::Tensor& w, const Factor& factor, const GridSpec& 
 }
 
 double objective(const at::Tensor& w, const at::Tensor& w_hat, const at::Tensor& h) {
-  const at::Tensor difference = w_hat.to(at::kDouble) - w.to(at::kDouble);
-  return 0.5 * (difference.mm(h.to(at::kDouble)) * difference).sum().item<double>();
+  const at::Tensor difference = w_hat.to(at::kFloat) - w.to(at::kFloat);
+  return 0.5 * (difference.mm(h.to(at::kFloat)) * difference).sum(at::kDouble).item<double>();
 }
 
 }  // namespace isobath::quant

@@ -47,6 +47,16 @@ at::Tensor robust(const at::Tensor& d, double threshold, double exponent) {
   return weights.masked_fill(d <= 0, 0.0).to(at::kFloat);
 }
 
+at::Tensor shrunk(const at::Tensor& d, const at::Tensor& real, double rho, double ratio) {
+  ISOBATH_CHECK(0.0 <= rho && rho <= 1.0, "shrinkage {} outside [0, 1]", rho);
+  const at::Tensor weights = (d.to(at::kDouble) * (1.0 - rho) + rho * ratio).to(at::kFloat);
+  return real.defined() ? weights.masked_fill(real.logical_not(), 0.0) : weights;
+}
+
+double automatic_shrinkage(double n_effective, int64_t n_channels) {
+  return static_cast<double>(n_channels) / (static_cast<double>(n_channels) + n_effective);
+}
+
 double effective_samples(double sum, double sum_of_squares) {
   return sum_of_squares > 0.0 ? sum * sum / sum_of_squares : 0.0;
 }

@@ -28,7 +28,7 @@ format: compressed-tensors
 ranks: {stages: 2, replicas: 3, threads: 4, device: cpu, watchdog_s: 5}
 calibration: {tokens: t, sequences: 6, length: 7, microbatch: 8, logical_shards: 9, seed: 18446744073709551615}
 sensitivity: {loss: fisher, samples: 2, per_sequence: exact, probes: 3, row_groups: 4, clip_quantile: 0.5,
-              exponent: 2.5, covariance: true, reuse: runs/c/measure}
+              exponent: 2.5, shrinkage: 0.25, covariance: true, reuse: runs/c/measure}
 quantization:
   solver: round_to_nearest
   weighting: none
@@ -38,6 +38,8 @@ quantization:
   clip_search: false
   act_order: static
   damping: 1e-3
+  refinement: {sweeps: 3}
+  asymmetric: {correction: gptaq, strength: 0.75, damping: 2}
   reestimate: {policy: every, blocks: 7}
   ignore: []
   overrides:
@@ -69,6 +71,7 @@ checkpoint: {every_blocks: 12, keep: 13}
   EXPECT_EQ(c.sensitivity.row_groups, 4);
   EXPECT_EQ(c.sensitivity.clip_quantile, 0.5);
   EXPECT_EQ(c.sensitivity.exponent, 2.5);
+  EXPECT_EQ(c.sensitivity.shrinkage, 0.25);
   EXPECT_TRUE(c.sensitivity.covariance);
   EXPECT_EQ(c.sensitivity.reuse, "runs/c/measure");
   EXPECT_EQ(c.quantization.solver, "round_to_nearest");
@@ -79,6 +82,10 @@ checkpoint: {every_blocks: 12, keep: 13}
   EXPECT_FALSE(c.quantization.clip_search);
   EXPECT_EQ(c.quantization.act_order, "static");
   EXPECT_EQ(c.quantization.damping, 1e-3);
+  EXPECT_EQ(c.quantization.refinement.sweeps, 3);
+  EXPECT_EQ(c.quantization.asymmetric.correction, "gptaq");
+  EXPECT_EQ(c.quantization.asymmetric.strength, 0.75);
+  EXPECT_EQ(c.quantization.asymmetric.damping, 2);
   EXPECT_EQ(c.quantization.reestimate.policy, "every");
   EXPECT_EQ(c.quantization.reestimate.blocks, 7);
   EXPECT_TRUE(c.quantization.ignore.empty());
@@ -102,6 +109,7 @@ TEST(ConfigParse, FlattenedValuesReadBackAsSettings) {
   c.evaluation.tokens = "true";
   c.ranks.stages = 4;
   c.quantization.group = 0;
+  c.sensitivity.shrinkage = -1;
   c.quantization.damping = 0.1 + 0.2;
   c.quantization.ignore = {"lm_head", "re:.*\\.experts\\..*", "a \"b\""};
   c.quantization.overrides = {{"re:.*\\.down_proj$", 4, -1}, {"x", 0, 0}, {"y", 2, 128}};
@@ -115,6 +123,7 @@ TEST(ConfigParse, FlattenedValuesReadBackAsSettings) {
   EXPECT_EQ(back.output, c.output);
   EXPECT_EQ(back.quantization.damping, c.quantization.damping);
   EXPECT_EQ(back.quantization.ignore, c.quantization.ignore);
+  EXPECT_EQ(back.sensitivity.shrinkage, -1);
   EXPECT_EQ(back.quantization.overrides[1].group, 0);
 }
 
@@ -188,6 +197,9 @@ INSTANTIATE_TEST_SUITE_P(
         BadValue{"quantization.damping", "0", "expected number above 0 and at most 1, found 0"},
         BadValue{"quantization.damping", "1.01", "expected number above 0 and at most 1, found 1.01"},
         BadValue{"quantization.damping", "nan", "expected number above 0 and at most 1, found nan"},
+        BadValue{"sensitivity.shrinkage", "-1", "expected auto or number at least 0 and at most 1, found -1"},
+        BadValue{"quantization.asymmetric.correction", "yes",
+                 "expected one of none | qep | gptaq, found \"yes\""},
         BadValue{"sensitivity.clip_quantile", "0", "expected number above 0 and at most 1, found 0"},
         BadValue{"sensitivity.exponent", "4.5", "expected number at least 0 and at most 4, found 4.5"},
         BadValue{"sensitivity.loss", "kl", "expected one of nll | fisher, found \"kl\""},

@@ -34,6 +34,18 @@ TEST(Gram, AddsTheUpperTriangleOfRoundedProducts) {
     }
 }
 
+TEST(Gram, AddsProductsOfTwoMatrices) {
+  at::manual_seed(6);
+  for (const int64_t d : {3, 48, 130}) {
+    const at::Tensor a = at::randn({300, d}).to(at::kBFloat16), b = at::randn({300, d}).to(at::kBFloat16);
+    if (!has_gram(a)) GTEST_SKIP() << "no AVX-512 BF16 on this machine";
+    at::Tensor sum = at::ones({d, d});
+    ASSERT_TRUE(add_product(sum, a, b));
+    const at::Tensor expected = a.to(at::kDouble).t().mm(b.to(at::kDouble)) + 1.0;
+    EXPECT_LT(((sum - expected).norm() / expected.norm()).item<double>(), kSumTolerance) << d;
+  }
+}
+
 TEST(Gram, GivesTheSameBitsOnOneAndThreeThreads) {
   at::manual_seed(5);
   const at::Tensor x = at::randn({300, 250}).to(at::kBFloat16);

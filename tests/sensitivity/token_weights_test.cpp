@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 #include <isobath/core/error.hpp>
 #include <isobath/core/partition.hpp>
+#include <isobath/sensitivity/covariance.hpp>
 #include <isobath/sensitivity/token_weights.hpp>
 #include <sensitivity/golden.hpp>
 #include <sensitivity/near.hpp>
@@ -72,6 +73,27 @@ TEST(Robust, ClipsThenRaisesToTheExponentAndKeepsZeros) {
   EXPECT_TRUE(at::equal(robust(d, 9.0, 0.0), at::tensor({0.0F, 1.0F, 1.0F, 1.0F})))
       << "padding stays without weight";
   EXPECT_EQ(robust(d, 9.0, 0.5).scalar_type(), at::kFloat);
+}
+
+TEST(Shrunk, MixesInTheCovarianceOfEqualTokensAndKeepsTheTrace) {
+  at::manual_seed(8);
+  const at::Tensor x = at::randn({30, 4}, at::kDouble), real = at::arange(30) < 25;
+  const at::Tensor d = at::rand({30}).masked_fill(real.logical_not(), 0.0);
+  const at::Tensor h_d = covariance_reference(x, d), h_1 = covariance_reference(x, real.to(at::kDouble));
+  const double ratio = (h_d.trace() / h_1.trace()).item<double>();
+  for (const double rho : {0.0, 0.3, 1.0}) {
+    const at::Tensor h = covariance_reference(x, shrunk(d, real, rho, ratio));
+    EXPECT_TRUE(at::allclose(h, (1 - rho) * h_d + rho * ratio * h_1, 1e-6)) << rho;
+    EXPECT_NEAR((h.trace() / h_d.trace()).item<double>(), 1, 1e-6) << rho;
+  }
+  EXPECT_TRUE(at::equal(shrunk(d, real, 0, ratio), d));
+  EXPECT_TRUE((shrunk(d, {}, 0.5, 1) > 0).all().item<bool>());
+}
+
+TEST(Shrunk, AutomaticShrinkageFallsWithTheTokensThatCount) {
+  EXPECT_DOUBLE_EQ(automatic_shrinkage(0, 64), 1);
+  EXPECT_DOUBLE_EQ(automatic_shrinkage(64, 64), 0.5);
+  EXPECT_DOUBLE_EQ(automatic_shrinkage(192, 64), 0.25);
 }
 
 TEST(EffectiveSamples, CountEqualWeightsFullyAndASpikeOnce) {

@@ -133,6 +133,12 @@ def write_tokens(path, sequences=SEQUENCES, length=LENGTH, seed=2, tokens=None):
     return path
 
 
+# Everything that carries more state through the quantize pass: token weights measured again, the stream of the original
+# model, refined codes, shrunk weights.
+EVERYTHING_ON = ("quantization.reestimate={policy: every, blocks: 2}", "quantization.asymmetric={correction: qep}",
+                 "quantization.refinement={sweeps: 2}", "sensitivity.shrinkage=auto")
+
+
 class Workspace:
     """A temporary directory with a model, tokens and a configuration; removed at the end unless ISOBATH_TEST_KEEP is set."""
 

@@ -1,12 +1,12 @@
 """Every layout of ranks writes the same bytes."""
 import shutil
 
-from isobath_system import Workspace, assert_same_bytes, result_digests, run_well
+from isobath_system import EVERYTHING_ON, Workspace, assert_same_bytes, result_digests, run_well
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (4, 1)]
 VARIANTS = {
     "bfloat16": ("bfloat16", ()),
-    "float32, re-estimated": ("float32", ("quantization.reestimate={policy: every, blocks: 2}",)),
+    "float32, everything on": ("float32", EVERYTHING_ON),
 }
 
 for variant, (dtype, settings) in VARIANTS.items():

@@ -28,6 +28,7 @@ struct Sensitivity {
   int64_t row_groups = 1;
   double clip_quantile = 0.999;
   double exponent = 1.0;
+  double shrinkage = 0;  ///< 0 … 1; −1: auto
   bool covariance = false;
   std::string reuse;  ///< finished measure/ directory of another run to use instead of measuring
 };
@@ -36,9 +37,18 @@ struct Override {
   int bits = 0;        ///< 0: not overridden
   int64_t group = -1;  ///< −1: not overridden; 0: channel
 };
+struct Asymmetric {
+  std::string correction = "none";  ///< none | qep | gptaq
+  double strength = 0.5;            ///< a of W + a·W·M
+  double damping = 1.0;             ///< λ of qep, in mean diagonals of H
+  [[nodiscard]] bool is_on() const { return correction != "none"; }
+};
 struct Reestimate {
   std::string policy = "never";  ///< never | every
   int64_t blocks = 5;
+};
+struct Refinement {
+  int64_t sweeps = 0;  ///< 0: off
 };
 struct Quantization {
   std::string solver = "gptq";            ///< gptq | round_to_nearest
@@ -48,6 +58,8 @@ struct Quantization {
   bool symmetric = true, clip_search = true;
   std::string act_order = "none";  ///< none | static
   double damping = 0.01;
+  Refinement refinement;
+  Asymmetric asymmetric;
   Reestimate reestimate;
   std::vector<std::string> ignore = {"lm_head"};
   std::vector<Override> overrides;

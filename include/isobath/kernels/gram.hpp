@@ -21,4 +21,9 @@ namespace isobath::kernels {
 /// Cost     n·d²/2 multiply-adds at the bf16 rate, n·d bf16 of scratch.
 [[nodiscard]] bool add_gram(at::Tensor& upper, const at::Tensor& x, const at::Tensor& roots);
 
+/// sum[i, j] += Σ_n a_ni b_nj for bf16 a, b [n, d], CPU; sum [d, d] f32 contiguous. Exact products, f32 sums
+/// in a fixed order. Returns false, and adds nothing, when a value is not finite. Cost: n·d² multiply-adds at
+/// the bf16 rate, 2·n·d bf16 of scratch.
+[[nodiscard]] bool add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b);
+
 }  // namespace isobath::kernels

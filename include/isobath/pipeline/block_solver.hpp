@@ -6,6 +6,7 @@
 #include <isobath/pipeline/session.hpp>
 #include <isobath/quant/solver.hpp>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -22,8 +23,11 @@ struct ModuleRecord {
   double effective_samples_per_channel = 0;  ///< n_eff / d_in (the smallest over row groups)
   double objective_rounded = 0;              ///< ½ tr(ΔW H ΔWᵀ) of round-to-nearest on the same grid
   double objective = 0;                      ///< … of the codes that were chosen
-  double bits_per_weight = 0;                ///< scales and zeros included
-  double wall_s = 0;                         ///< not written to modules.json: it differs from run to run
+  /// Asymmetric objective of the chosen codes minus that of the original weights; only with a correction.
+  std::optional<double> objective_asymmetric;
+  double shrinkage = 0;        ///< ρ of H (the largest over row groups)
+  double bits_per_weight = 0;  ///< scales and zeros included
+  double wall_s = 0;           ///< not written to modules.json: it differs from run to run
 };
 
 /// A linear to solve, with what its H needs.
@@ -33,23 +37,29 @@ struct SolveTask {
   at::Tensor token_weights;  ///< [n, T, row_groups] f32 raw D of all sequences, or undefined: D = 1
 };
 
-/// Calls its argument with (position of the microbatch in the rank's list, input X [b, T, d_in]) for each
-/// local microbatch in order.
-using ForEachInput =
-    std::function<void(const std::function<void(const data::Microbatch&, const at::Tensor&)>&)>;
+/// Takes a microbatch, its input X [b, T, d_in] behind the quantized prefix, and that of the original model
+/// (undefined when it does not travel along).
+using VisitInput =
+    std::function<void(const data::Microbatch&, const at::Tensor& x, const at::Tensor& original)>;
+/// Calls its argument for each local microbatch in order.
+using ForEachInput = std::function<void(const VisitInput&)>;
 
 struct Solved {
   quant::QuantizedMatrix matrix;  ///< replicated
   ModuleRecord record;            ///< replicated
 };
 
+struct SolverUnit;
+
 /// Quantizes the linears of one input set with all ranks at work: each accumulates H over its own sequences,
 /// the partial sums meet along the fixed tree on the rank that factorizes, the factor is broadcast, the row
 /// tiles are dealt to the ranks, the codes return to all.
 ///
-/// Memory   per module and row group: two d² f32 and ⌈log₂ shards⌉ partial sums; the factorizing rank two d²
-/// f64 more. Network  per H: ⌈log₂ ranks⌉ messages of d² f32 on the critical path, one broadcast of the
-/// factor, one exchange of codes. Collective over the session's world.
+/// Memory   per module and row group: two d² f32 (H and its factor) and ⌈log₂ shards⌉ partial sums; the
+/// factorizing rank two d² f64 more. Refinement holds d² f32 more, an asymmetric correction twice d² f32.
+///
+/// Network  per H: ⌈log₂ ranks⌉ messages of d² f32 on the critical path, one broadcast of H and its factor,
+/// one exchange of codes. An asymmetric correction doubles that. Collective over the session's world.
 class BlockSolver {
  public:
   BlockSolver(const Session& session, const CalibrationSet& calibration);
@@ -61,19 +71,19 @@ class BlockSolver {
                                           const ForEachInput& for_each_input) const;
 
  private:
-  struct Unit;
-  [[nodiscard]] std::vector<Unit> make_units(const std::vector<SolveTask>& tasks,
-                                             const model::BlockWeights& weights) const;
-  void accumulate(std::vector<Unit>& units, int64_t n_channels, const ForEachInput& for_each_input) const;
-  void factorize(Unit& unit) const;
-  void solve_rows(const Unit& unit, const SolveTask& task, const at::Tensor& weight,
-                  quant::QuantizedMatrix& matrix) const;
-  void score(const Unit& unit, const at::Tensor& weight, const quant::QuantizedMatrix& matrix,
-             ModuleRecord& record) const;
+  void factorize(std::vector<SolverUnit>& units) const;
+  void share(SolverUnit& unit) const;
+  void solve_rows(const SolverUnit& unit, const SolveTask& task, const at::Tensor& weight,
+                  quant::QuantizedMatrix& matrix, ModuleRecord& record) const;
 
   const Session& session_;
   const CalibrationSet& calibration_;
   quant::FactorSpec factor_spec_;
+  int64_t n_sweeps_;  ///< of refinement, at most
 };
+
+/// Round-to-nearest on the linears of one input set, which needs neither inputs nor other ranks. Local.
+[[nodiscard]] std::vector<Solved> round_set(int64_t block, const std::vector<SolveTask>& tasks,
+                                            const model::BlockWeights& weights);
 
 }  // namespace isobath::pipeline

@@ -4,18 +4,20 @@
 #include <isobath/pipeline/block_solver.hpp>
 #include <isobath/pipeline/session.hpp>
 #include <map>
+#include <string>
 #include <vector>
 
 namespace isobath::pipeline {
 
-/// This rank's share of the calibration sequences on their way through the quantized prefix of the model: the
+/// This rank's share of the calibration sequences on their way through the blocks, quantized or original: the
 /// residual stream, and the state inside the sublayer in work. A block runs once, stopping before each input
 /// set.
 ///
 /// Memory   n_local · T · (d_model + max(d_ff, n_heads · head_dim)) in compute dtype.
 class PrefixActivations {
  public:
-  PrefixActivations(const Session& session, const CalibrationSet& calibration);
+  /// stream: what to call it in errors.
+  PrefixActivations(const Session& session, const CalibrationSet& calibration, std::string stream);
 
   /// The logical shards' microbatches that this rank works on, whatever its stage.
   [[nodiscard]] const std::vector<data::Microbatch>& microbatches() const { return microbatches_; }
@@ -25,18 +27,18 @@ class PrefixActivations {
 
   /// Starts from the embedded tokens. Local.
   void embed(const at::Tensor& embedding);
-  /// Visits X of an input set, microbatch by microbatch; valid once the sets before it were advanced through.
-  [[nodiscard]] ForEachInput inputs(int set, const model::BlockWeights& weights) const;
-  /// Applies the linears of a set, by now quantized, and goes on to the input of the next one. Local.
+  /// X of an input set [b, T, d_in]; valid once the sets before it were advanced through.
+  [[nodiscard]] at::Tensor input(int set, const model::BlockWeights& weights, int64_t microbatch) const;
+  /// Applies the linears of a set and goes on to the input of the next one. Local.
   /// Throws NumericError when the last set leaves a non-finite hidden state (names block and sequences).
   void advance(int set, const model::BlockWeights& weights, int64_t block);
 
  private:
-  [[nodiscard]] at::Tensor input(int set, const model::BlockWeights& weights, int64_t microbatch) const;
   void require_finite(int64_t block) const;
 
   const Session& session_;
   const CalibrationSet& calibration_;
+  std::string stream_;
   model::Rotary rotary_;
   std::vector<data::Microbatch> microbatches_;
   std::map<int64_t, at::Tensor> hidden_;  // by microbatch index

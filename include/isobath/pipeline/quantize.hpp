@@ -22,10 +22,10 @@ struct QuantizeResult {
 ///   statistics   directory of D of the unquantized model; not read when weighting is none
 ///   resume       continue from the newest generation in `run`/checkpoint, if there is one
 ///
-/// Memory   this rank's share of the hidden states: n_local · T · (d_model + d_ff) in compute dtype, the
-/// block in work. Network  per block: its weights once to every rank, then what BlockSolver says of each
-/// input set. Collective over the session's world. Leaves `run`/model. Throws StopRequested after
-/// SIGUSR1/SIGTERM, once a generation holds what is done.
+/// Memory   this rank's share of the hidden states: n_local · T · (d_model + d_ff) in compute dtype (twice
+/// with an asymmetric correction), the block in work. Network  per block: its weights once to every rank,
+/// then what BlockSolver says of each input set. Collective over the session's world. Leaves `run`/model.
+/// Throws StopRequested after SIGUSR1/SIGTERM, once a generation holds what is done.
 QuantizeResult quantize(const Session& session, const CalibrationSet& calibration,
                         const StageWeights& weights, const std::filesystem::path& statistics,
                         checkpoint::RunDirectory& run, const checkpoint::Fingerprint& fingerprint,

@@ -9,6 +9,17 @@ namespace isobath::quant::reference {
 /// over all later columns.
 [[nodiscard]] QuantizedMatrix gptq(const at::Tensor& w, const at::Tensor& h, const FactorSpec& factor,
                                    const GridSpec& spec);
+/// Coordinate descent one row at a time: every code against all others by the whole objective, then every
+/// group's grid.
+[[nodiscard]] QuantizedMatrix refine(const QuantizedMatrix& start, const at::Tensor& target,
+                                     const at::Tensor& h, int64_t sweeps);
+/// argmin_V ‖D^½ (X̃Wᵀ − XVᵀ)‖² + ridge·‖V − W‖² from the inputs [n, C] and token weights [n], f64 [R, C].
+[[nodiscard]] at::Tensor least_squares_target(const at::Tensor& w, const at::Tensor& x_original,
+                                              const at::Tensor& x, const at::Tensor& token_weights,
+                                              double ridge);
+/// W plus, for each column i, what the columns behind it need to make up for w_i (x̃_i − x_i):
+/// w_i C_{i,>i} (H_{>i,>i})⁻¹. Literal, one inverse a column, f64 [R, C].
+[[nodiscard]] at::Tensor gptaq_target(const at::Tensor& w, const at::Tensor& c, const at::Tensor& h);
 [[nodiscard]] GroupGrid fit_grid(const at::Tensor& w, const at::Tensor& importance, const GridSpec& spec);
 
 }  // namespace isobath::quant::reference

@@ -24,7 +24,7 @@ inline constexpr int64_t kRowTile = 64;
 /// al., GPTQ (ICLR 2023), Algorithm 1; METHOD §3.
 [[nodiscard]] QuantizedMatrix gptq(const at::Tensor& w, const Factor& factor, const GridSpec& spec);
 
-/// ½ tr((Ŵ−W) H (Ŵ−W)ᵀ) in f64. w, w_hat [R, C]; h [C, C].
+/// ½ tr((Ŵ−W) H (Ŵ−W)ᵀ), products in f32, their sum in f64. w, w_hat [R, C]; h [C, C].
 [[nodiscard]] double objective(const at::Tensor& w, const at::Tensor& w_hat, const at::Tensor& h);
 
 }  // namespace isobath::quant

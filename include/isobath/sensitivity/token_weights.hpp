@@ -23,6 +23,13 @@ struct RobustSpec {
 /// min(D, threshold)^exponent, normalised by nothing; zeros stay zero for every exponent. f32, same shape.
 [[nodiscard]] at::Tensor robust(const at::Tensor& d, double threshold, double exponent);
 
+/// D' = (1−ρ)·D + ρ·ratio on `real` tokens (undefined: all are), 0 elsewhere; f32, same shape. With ratio =
+/// tr(XᵀDX)/tr(XᵀX), XᵀD'X = (1−ρ)·H_D + ρ·H_1·tr(H_D)/tr(H_1): H shrunk towards that of equal tokens, its
+/// trace kept (METHOD §1). d and real of one shape.
+[[nodiscard]] at::Tensor shrunk(const at::Tensor& d, const at::Tensor& real, double rho, double ratio);
+/// ρ = d/(d + n_eff): half when as many tokens count as there are channels. 1 when none counts.
+[[nodiscard]] double automatic_shrinkage(double n_effective, int64_t n_channels);
+
 /// Effective samples (ΣD)²/ΣD² from the two sums; 0 when all weights are zero.
 [[nodiscard]] double effective_samples(double sum, double sum_of_squares);
 

@@ -1,0 +1,161 @@
+#include "solver_units.hpp"
+
+#include <ATen/ATen.h>
+
+#include <isobath/comm/tree_sum.hpp>
+#include <isobath/sensitivity/covariance.hpp>
+#include <isobath/sensitivity/cross_covariance.hpp>
+#include <isobath/sensitivity/token_weights.hpp>
+
+namespace isobath::pipeline {
+namespace {
+
+// [n, T] D of one row group: clipped, raised, and scaled to mean 1 so that objectives of different modules
+// can be compared.
+at::Tensor robust_weights(const at::Tensor& raw, const config::Sensitivity& sensitivity) {
+  const double threshold = sensitivity::clip_threshold(raw, sensitivity.clip_quantile);
+  const at::Tensor robust = sensitivity::robust(raw, threshold, sensitivity.exponent);
+  const double mean = robust.sum(at::kDouble).item<double>() / static_cast<double>(robust.numel());
+  return mean > 0 ? robust / mean : robust;
+}
+
+// Token weights of a microbatch's rows [b·T]; undefined: all are 1.
+at::Tensor weights_of(const SolverUnit& unit, const CalibrationSet& calibration,
+                      const data::Microbatch& microbatch) {
+  if (unit.token_weights.defined())
+    return unit.token_weights.slice(0, microbatch.sequences.begin, microbatch.sequences.end).flatten();
+  const at::Tensor mask = calibration.mask_of(microbatch.sequences);
+  return mask.defined() ? mask.flatten().to(at::kFloat) : mask;
+}
+
+// Calls `visit` for each local microbatch and `close_shard(shard)` after the last one of each logical shard.
+void for_each_shard(const ForEachInput& for_each_input, const VisitInput& visit,
+                    const std::function<void(int64_t)>& close_shard) {
+  int64_t shard = -1;
+  for_each_input([&](const data::Microbatch& microbatch, const at::Tensor& x, const at::Tensor& original) {
+    if (shard >= 0 && microbatch.shard != shard) close_shard(shard);
+    shard = microbatch.shard;
+    visit(microbatch, x, original);
+  });
+  if (shard >= 0) close_shard(shard);
+}
+
+}  // namespace
+
+std::vector<SolverUnit> make_units(const Session& session, const std::vector<SolveTask>& tasks,
+                                   const model::BlockWeights& weights, int64_t block) {
+  std::vector<SolverUnit> units;
+  for (size_t t = 0; t < tasks.size(); ++t) {
+    const int64_t n_rows = weights[tasks[t].projection].weight.size(0);
+    if (!tasks[t].token_weights.defined()) {
+      // D = 1: the modules of a set share one H.
+      if (units.empty() || units.back().token_weights.defined()) units.emplace_back();
+      units.back().serves.push_back({t, {0, n_rows}});
+      continue;
+    }
+    const int64_t n_groups = tasks[t].token_weights.size(2);
+    for (int64_t k = 0; k < n_groups; ++k) {
+      SolverUnit unit;
+      unit.serves.push_back({t, partition(n_rows, n_groups, k)});
+      unit.token_weights = robust_weights(tasks[t].token_weights.select(2, k), session.config.sensitivity);
+      const double sum = unit.token_weights.sum(at::kDouble).item<double>();
+      const double squares = unit.token_weights.to(at::kDouble).square().sum().item<double>();
+      unit.n_effective = sensitivity::effective_samples(sum, squares);
+      unit.is_weighted = true;
+      units.push_back(std::move(unit));
+    }
+  }
+  // From set to set and block to block another rank comes first.
+  const int64_t first = block + static_cast<int64_t>(tasks.front().projection);
+  for (size_t u = 0; u < units.size(); ++u)
+    units[u].root = static_cast<int>((first + static_cast<int64_t>(u)) % session.world().size());
+  return units;
+}
+
+void shrink_weights(const Session& session, const CalibrationSet& calibration, std::vector<SolverUnit>& units,
+                    int64_t n_channels, const ForEachInput& for_each_input) {
+  const double configured = session.config.sensitivity.shrinkage;
+  if (configured == 0) return;
+  // tr(XᵀDX) = Σ D_i ‖x_i‖²: one number a unit, and one for D = 1.
+  const comm::Communicator& world = session.world();
+  comm::TreeSum tree(calibration.shards.owners(world.size()), world.rank());
+  const auto n_units = static_cast<int64_t>(units.size());
+  at::Tensor traces = at::zeros({n_units + 1}, at::kDouble);
+  const SolverUnit equal;
+  for_each_shard(
+      for_each_input,
+      [&](const data::Microbatch& microbatch, const at::Tensor& x, const at::Tensor&) {
+        const at::Tensor squares = x.flatten(0, 1).to(at::kFloat).square().sum(1, false, at::kDouble).cpu();
+        for (int64_t u = 0; u <= n_units; ++u) {
+          const at::Tensor weights =
+              weights_of(u < n_units ? units[static_cast<size_t>(u)] : equal, calibration, microbatch);
+          // 0·inf is NaN: padding may hold anything.
+          traces[u] +=
+              weights.defined() ? at::where(weights > 0, squares * weights, 0.0).sum() : squares.sum();
+        }
+      },
+      [&](int64_t shard) {
+        tree.add(shard, traces);
+        traces = at::zeros({n_units + 1}, at::kDouble);
+      });
+  at::Tensor total = tree.reduce_to(0, world);
+  if (!total.defined()) total = at::zeros({n_units + 1}, at::kDouble);
+  world.broadcast(total, 0);
+
+  const at::Tensor real = calibration.mask_of({0, calibration.tokens.n_sequences()});
+  const auto plain = total[n_units].item<double>();
+  for (int64_t u = 0; u < n_units; ++u) {
+    SolverUnit& unit = units[static_cast<size_t>(u)];
+    if (!unit.is_weighted || !(plain > 0)) continue;
+    unit.shrinkage =
+        configured < 0 ? sensitivity::automatic_shrinkage(unit.n_effective, n_channels) : configured;
+    unit.token_weights =
+        sensitivity::shrunk(unit.token_weights, real, unit.shrinkage, total[u].item<double>() / plain);
+  }
+}
+
+void accumulate(const Session& session, const CalibrationSet& calibration, std::vector<SolverUnit>& units,
+                int64_t n_channels, const ForEachInput& for_each_input) {
+  const comm::Communicator& world = session.world();
+  const std::vector<int> owners = calibration.shards.owners(world.size());
+  struct Sums {
+    comm::TreeSum h_tree, c_tree;
+    sensitivity::Covariance h;
+    std::optional<sensitivity::CrossCovariance> c;
+  };
+  const bool with_cross = session.config.quantization.asymmetric.is_on();
+  std::vector<Sums> sums;
+  for (size_t u = 0; u < units.size(); ++u)
+    sums.push_back({comm::TreeSum(owners, world.rank()), comm::TreeSum(owners, world.rank()),
+                    sensitivity::Covariance(n_channels, session.device), std::nullopt});
+  for_each_shard(
+      for_each_input,
+      [&](const data::Microbatch& microbatch, const at::Tensor& x, const at::Tensor& original) {
+        const at::Tensor rows = x.flatten(0, 1);
+        for (size_t u = 0; u < units.size(); ++u) {
+          at::Tensor weights = weights_of(units[u], calibration, microbatch);
+          if (weights.defined()) weights = weights.to(session.device);
+          sums[u].h.add(rows, weights);
+          if (!with_cross) continue;
+          if (!sums[u].c) sums[u].c.emplace(n_channels, session.device);
+          sums[u].c->add(rows, original.flatten(0, 1), weights);
+        }
+      },
+      [&](int64_t shard) {
+        for (Sums& sum : sums) {
+          sum.h_tree.add(shard, sum.h.value().cpu());
+          sum.h = sensitivity::Covariance(n_channels, session.device);
+          if (with_cross) sum.c_tree.add(shard, sum.c->value().cpu());
+          sum.c.reset();
+        }
+      });
+  for (size_t u = 0; u < units.size(); ++u) {
+    at::Tensor h = sums[u].h_tree.reduce_to(units[u].root, world);
+    at::Tensor c = with_cross ? sums[u].c_tree.reduce_to(units[u].root, world) : at::Tensor();
+    if (world.rank() != units[u].root) continue;
+    units[u].h = std::move(h);
+    units[u].c = std::move(c);
+  }
+}
+
+}  // namespace isobath::pipeline

@@ -1,0 +1,120 @@
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+
+#include <isobath/quant/correction.hpp>
+#include <isobath/quant/reference.hpp>
+#include <isobath/quant/solver.hpp>
+
+#include "quant/problem.hpp"
+
+namespace isobath::quant {
+
+/// H, C and M are f32; the least-squares problem is solved in f64 from the inputs.
+constexpr double kTolerance = 1e-4;
+constexpr int64_t kTokens = 200, kColumns = 24, kRows = 7;
+
+/// Inputs of a linear in the original model and behind a quantized prefix, with token weights.
+struct Streams {
+  at::Tensor x_original, x, d, w, h, c;
+};
+
+static Streams random_streams(uint64_t seed) {
+  auto generator = test_generator(seed);
+  const auto f64 = at::TensorOptions(at::kDouble);
+  const at::Tensor mix = at::eye(kColumns, f64) + 0.3 * at::randn({kColumns, kColumns}, generator, f64);
+  Streams s;
+  s.x_original = at::randn({kTokens, kColumns}, generator, f64).mm(mix);
+  s.x = s.x_original + 0.2 * at::randn({kTokens, kColumns}, generator, f64).mm(mix);
+  s.d = at::rand({kTokens}, generator, f64);
+  s.w = at::randn({kRows, kColumns}, generator, f64).to(at::kFloat);
+  const at::Tensor weighted = s.x * s.d.unsqueeze(1);
+  s.h = s.x.t().mm(weighted).to(at::kFloat);
+  s.c = (s.x_original - s.x).t().mm(weighted).to(at::kFloat);
+  return s;
+}
+
+static double output_error(const Streams& s, const at::Tensor& w_hat) {
+  const at::Tensor error = s.x_original.mm(s.w.to(at::kDouble).t()) - s.x.mm(w_hat.to(at::kDouble).t());
+  return 0.5 * (s.d.unsqueeze(1) * error.square()).sum().item<double>();
+}
+
+TEST(Correction, QepIsTheRidgeSolutionOfTheAsymmetricObjective) {
+  const Streams s = random_streams(31);
+  for (const double damping : {1e-6, 0.1, 1.0}) {
+    const at::Tensor target = corrected(s.w, qep_correction(s.c, s.h, damping), 1);
+
+    const double ridge = damping * s.h.diagonal().mean().item<double>();
+    const at::Tensor expected = reference::least_squares_target(s.w, s.x_original, s.x, s.d, ridge);
+    EXPECT_TRUE(at::allclose(target.to(at::kDouble), expected, kTolerance, kTolerance)) << damping;
+  }
+}
+
+TEST(Correction, StrengthIsAShareOfTheWay) {
+  const Streams s = random_streams(32);
+  const at::Tensor m = qep_correction(s.c, s.h, 1e-6);
+
+  EXPECT_TRUE(at::equal(corrected(s.w, m, 0), s.w));
+  EXPECT_LT(output_error(s, corrected(s.w, m, 0.5)), output_error(s, s.w));
+  EXPECT_LT(output_error(s, corrected(s.w, m, 1)), output_error(s, corrected(s.w, m, 0.5)));
+}
+
+TEST(Correction, GptaqLetsLaterColumnsMakeUpForEachEarlierOne) {
+  const Streams s = random_streams(33);
+  constexpr double kSmallDamping = 1e-7;  // the factor's; the literal form has none
+  for (const auto act_order : {ActOrder::none, ActOrder::static_groups}) {
+    const Factor factor = factorize(s.h, {.damping = kSmallDamping, .act_order = act_order});
+
+    const at::Tensor target = corrected(s.w, gptaq_correction(s.c, factor), 1);
+
+    const auto ordered = [&](const at::Tensor& t) {
+      return t.index_select(0, factor.order).index_select(1, factor.order);
+    };
+    const at::Tensor expected =
+        reference::gptaq_target(s.w.index_select(1, factor.order), ordered(s.c), ordered(s.h));
+    EXPECT_TRUE(
+        at::allclose(target.index_select(1, factor.order).to(at::kDouble), expected, kTolerance, kTolerance));
+    EXPECT_LT(output_error(s, target), output_error(s, s.w));
+  }
+}
+
+TEST(Correction, AsymmetricObjectiveIsTheChangeOfTheOutputError) {
+  const Streams s = random_streams(34);
+  auto generator = test_generator(35);
+  const at::Tensor w_hat = s.w + 0.1 * at::randn({kRows, kColumns}, generator, at::TensorOptions(at::kFloat));
+
+  const double change = output_error(s, w_hat) - output_error(s, s.w);
+
+  EXPECT_NEAR(asymmetric_objective(s.w, w_hat, s.h, s.c) / change, 1, kTolerance);
+  EXPECT_EQ(asymmetric_objective(s.w, s.w, s.h, s.c), 0);
+}
+
+TEST(Correction, QuantizedTowardsTheCorrectedTargetTheOutputIsNearerToTheOriginal) {
+  const Streams s = random_streams(36);
+  const Factor factor = factorize(s.h, {});
+  const GridSpec spec{.bits = 4, .group = 0};
+  const double plain = output_error(s, dequantize(gptq(s.w, factor, spec)));
+
+  for (const at::Tensor& m : {qep_correction(s.c, s.h, 0.01), gptaq_correction(s.c, factor)}) {
+    EXPECT_LT(output_error(s, dequantize(gptq(corrected(s.w, m, 1), factor, spec))), plain);
+  }
+}
+
+TEST(Correction, NothingIsCorrectedWhereNothingDeviatesOrNothingIsSeen) {
+  const Streams s = random_streams(37);
+  EXPECT_EQ(qep_correction(at::zeros_like(s.c), s.h, 1).count_nonzero().item<int64_t>(), 0);
+  EXPECT_EQ(gptaq_correction(at::zeros_like(s.c), factorize(s.h, {})).count_nonzero().item<int64_t>(), 0);
+  EXPECT_EQ(qep_correction(s.c, at::zeros_like(s.h), 1).count_nonzero().item<int64_t>(), 0);
+}
+
+TEST(Correction, DeadColumnsAreNotCorrected) {
+  Streams s = random_streams(38);
+  s.x.select(1, 5).zero_();
+  const at::Tensor weighted = s.x * s.d.unsqueeze(1);
+  s.h = s.x.t().mm(weighted).to(at::kFloat);
+  s.c = (s.x_original - s.x).t().mm(weighted).to(at::kFloat);
+
+  for (const at::Tensor& m : {qep_correction(s.c, s.h, 0.1), gptaq_correction(s.c, factorize(s.h, {}))})
+    EXPECT_EQ(m.select(1, 5).count_nonzero().item<int64_t>(), 0);
+}
+
+}  // namespace isobath::quant

@@ -1,0 +1,58 @@
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+
+#include <isobath/core/error.hpp>
+#include <isobath/sensitivity/cross_covariance.hpp>
+#include <limits>
+#include <sensitivity/near.hpp>
+
+namespace isobath::sensitivity {
+namespace {
+
+using testing::relative_error;
+
+// f32 products summed over at most a few hundred tokens against f64.
+constexpr double kSingleTolerance = 1e-5;
+// D·(x̃ − x) of bf16 inputs is rounded to bf16: 2⁻⁹, little averaged over 40 rows.
+constexpr double kBf16Tolerance = 0x1p-8;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+TEST(CrossCovariance, AgreesWithTheLiteralReferenceAndAddsUpOverCalls) {
+  at::manual_seed(15);
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    const at::Tensor x = at::randn({40, 33}).to(dtype), original = (x + 0.1 * at::randn({40, 33})).to(dtype);
+    const at::Tensor weights = at::rand({40});
+    CrossCovariance weighted(33), plain(33);
+    weighted.add(x.slice(0, 0, 17), original.slice(0, 0, 17), weights.slice(0, 0, 17));
+    weighted.add(x.slice(0, 17), original.slice(0, 17), weights.slice(0, 17));
+    plain.add(x, original, {});
+    const at::Tensor wide = x.to(at::kDouble), wide_original = original.to(at::kDouble);
+    EXPECT_LT(relative_error(weighted.value(), cross_covariance_reference(wide, wide_original, weights)),
+              dtype == at::kFloat ? kSingleTolerance : kBf16Tolerance);
+    EXPECT_LT(relative_error(plain.value(), cross_covariance_reference(wide, wide_original, {})),
+              dtype == at::kFloat ? kSingleTolerance : kBf16Tolerance);
+  }
+}
+
+TEST(CrossCovariance, RowsAreChannelsOfTheDeviation) {
+  CrossCovariance c(2);
+  c.add(at::tensor({1.0F, 2.0F}).view({1, 2}), at::tensor({1.0F, 5.0F}).view({1, 2}), at::tensor({2.0F}));
+  EXPECT_TRUE(at::equal(c.value(), at::tensor({0.0F, 0.0F, 6.0F, 12.0F}).view({2, 2})));
+}
+
+TEST(CrossCovariance, TakesNothingFromRowsWithoutWeightAndNamesOthersThatAreNotFinite) {
+  const at::Tensor x = at::tensor({1.0F, 2.0F, kInfinity, 0.0F}).view({2, 2});
+  const at::Tensor original = at::tensor({2.0F, 2.0F, 0.0F, kInfinity}).view({2, 2});
+  CrossCovariance c(2);
+  c.add(x, original, at::tensor({1.0F, 0.0F}));
+  EXPECT_TRUE(at::equal(c.value(), at::tensor({1.0F, 2.0F, 0.0F, 0.0F}).view({2, 2})));
+  try {
+    c.add(x, original, {});
+    FAIL() << "an infinite activation was accepted";
+  } catch (const NumericError& error) {
+    EXPECT_NE(std::string(error.what()).find("row 1"), std::string::npos) << error.what();
+  }
+}
+
+}  // namespace
+}  // namespace isobath::sensitivity
