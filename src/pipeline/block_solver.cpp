@@ -88,7 +88,7 @@ void BlockSolver::correct(SolverUnit& unit) const {
   if (!asymmetric.is_on()) return;
   if (world.rank() == unit.root) {
     unit.correction = asymmetric.correction == "qep"
-                          ? quant::qep_correction(unit.c, unit.h, asymmetric.damping)
+                          ? quant::qep_correction(unit.c, unit.h, asymmetric.ridge)
                           : quant::gptaq_correction(unit.c, unit.factor);
   } else {
     unit.correction = at::empty_like(unit.factor.upper);
