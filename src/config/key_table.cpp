@@ -323,8 +323,8 @@ void add_quantization_keys(Table& t) {
       "quantization.asymmetric.strength", [](auto& c) -> auto& { return c.quantization.asymmetric.strength; },
       0, true, 1, "Share of the correction that is made.");
   t.real(
-      "quantization.asymmetric.damping", [](auto& c) -> auto& { return c.quantization.asymmetric.damping; },
-      0, false, 1000, "Share of the mean diagonal added to the covariance in correction qep.");
+      "quantization.asymmetric.ridge", [](auto& c) -> auto& { return c.quantization.asymmetric.ridge; }, 0,
+      false, 1000, "Share of the mean diagonal added to the covariance in correction qep.");
   t.word(
       "quantization.reestimate.policy", [](auto& c) -> auto& { return c.quantization.reestimate.policy; },
       {"never", "every"}, "When token weights are measured again behind the blocks quantized so far.");

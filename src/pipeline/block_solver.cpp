@@ -52,7 +52,7 @@ void BlockSolver::factorize(std::vector<SolverUnit>& units) const {
     unit.factor = quant::factorize(unit.h, factor_spec_);
     if (unit.factor.failed || !asymmetric.is_on()) continue;
     unit.correction = asymmetric.correction == "qep"
-                          ? quant::qep_correction(unit.c, unit.h, asymmetric.damping)
+                          ? quant::qep_correction(unit.c, unit.h, asymmetric.ridge)
                           : quant::gptaq_correction(unit.c, unit.factor);
   }
   for (SolverUnit& unit : units) share(unit);

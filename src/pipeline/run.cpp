@@ -58,7 +58,10 @@ std::string closing_table(const Session& session, const Closing& closing, const 
         "{} linears at {} bits, group {}, {}, {}{}; {} fallbacks\n", closing.quantized->n_modules, q.bits,
         q.group == 0 ? "channel" : std::to_string(q.group), q.symmetric ? "symmetric" : "asymmetric",
         q.solver,
-        q.solver == "gptq" ? " with D = " + std::string(q.weighting == "none" ? "1" : "sensitivity") : "",
+        q.solver == "gptq" ? " with D = " + std::string(q.weighting == "none" ? "1" : "sensitivity") +
+                                 (q.asymmetric.is_on() ? ", correction " + q.asymmetric.correction : "") +
+                                 (q.refinement.sweeps > 0 ? ", refined" : "")
+                           : "",
         closing.quantized->n_fallbacks);
   std::string times;
   const auto add_time = [&](const char* stage, double seconds) {

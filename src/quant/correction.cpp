@@ -7,16 +7,16 @@
 
 namespace isobath::quant {
 
-at::Tensor qep_correction(const at::Tensor& c, const at::Tensor& h, double damping) {
+at::Tensor qep_correction(const at::Tensor& c, const at::Tensor& h, double ridge) {
   ISOBATH_CHECK(c.sizes() == h.sizes() && h.size(0) == h.size(1), "C and H must be square and of one size");
-  ISOBATH_CHECK(damping > 0, "damping {}", damping);
+  ISOBATH_CHECK(ridge > 0, "ridge {}", ridge);
   const at::Tensor diagonal = h.diagonal().to(at::kDouble);
   const auto n_live = (diagonal > 0).sum().item<int64_t>();
   if (n_live == 0) return at::zeros_like(h);
   const double mean = diagonal.sum().item<double>() / static_cast<double>(n_live);
-  constexpr double kGrowth = 10, kLargestDamping = 1e6;
-  for (at::Tensor damped = h.to(at::kDouble); damping <= kLargestDamping; damping *= kGrowth) {
-    damped.diagonal().copy_(diagonal + damping * mean);
+  constexpr double kGrowth = 10, kLargestRidge = 1e6;
+  for (at::Tensor damped = h.to(at::kDouble); ridge <= kLargestRidge; ridge *= kGrowth) {
+    damped.diagonal().copy_(diagonal + ridge * mean);
     const auto [lower, info] = at::linalg_cholesky_ex(damped);
     if (info.item<int>() != 0) continue;
     return at::cholesky_solve(c.to(at::kDouble).t(), lower).t().to(at::kFloat).contiguous();
@@ -24,7 +24,7 @@ at::Tensor qep_correction(const at::Tensor& c, const at::Tensor& h, double dampi
   fail<NumericError>(
       "H is not positive definite even with a diagonal of {:g} added; it holds NaN or is not a "
       "covariance",
-      kLargestDamping * mean);
+      kLargestRidge * mean);
 }
 
 at::Tensor gptaq_correction(const at::Tensor& c, const Factor& factor) {

@@ -39,7 +39,7 @@ quantization:
   act_order: static
   damping: 1e-3
   refinement: {sweeps: 3}
-  asymmetric: {correction: gptaq, strength: 0.75, damping: 2}
+  asymmetric: {correction: gptaq, strength: 0.75, ridge: 2}
   reestimate: {policy: every, blocks: 7}
   ignore: []
   overrides:
@@ -85,7 +85,7 @@ checkpoint: {every_blocks: 12, keep: 13}
   EXPECT_EQ(c.quantization.refinement.sweeps, 3);
   EXPECT_EQ(c.quantization.asymmetric.correction, "gptaq");
   EXPECT_EQ(c.quantization.asymmetric.strength, 0.75);
-  EXPECT_EQ(c.quantization.asymmetric.damping, 2);
+  EXPECT_EQ(c.quantization.asymmetric.ridge, 2);
   EXPECT_EQ(c.quantization.reestimate.policy, "every");
   EXPECT_EQ(c.quantization.reestimate.blocks, 7);
   EXPECT_TRUE(c.quantization.ignore.empty());

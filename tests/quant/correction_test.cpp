@@ -40,12 +40,12 @@ static double output_error(const Streams& s, const at::Tensor& w_hat) {
 
 TEST(Correction, QepIsTheRidgeSolutionOfTheAsymmetricObjective) {
   const Streams s = random_streams(31);
-  for (const double damping : {1e-6, 0.1, 1.0}) {
-    const at::Tensor target = corrected(s.w, qep_correction(s.c, s.h, damping), 1);
+  for (const double share : {1e-6, 0.1, 1.0}) {
+    const at::Tensor target = corrected(s.w, qep_correction(s.c, s.h, share), 1);
 
-    const double ridge = damping * s.h.diagonal().mean().item<double>();
+    const double ridge = share * s.h.diagonal().mean().item<double>();
     const at::Tensor expected = reference::least_squares_target(s.w, s.x_original, s.x, s.d, ridge);
-    EXPECT_TRUE(at::allclose(target.to(at::kDouble), expected, kTolerance, kTolerance)) << damping;
+    EXPECT_TRUE(at::allclose(target.to(at::kDouble), expected, kTolerance, kTolerance)) << share;
   }
 }
 

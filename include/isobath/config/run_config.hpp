@@ -40,7 +40,7 @@ struct Override {
 struct Asymmetric {
   std::string correction = "none";  ///< none | qep | gptaq
   double strength = 0.5;            ///< a of W + a·W·M
-  double damping = 1.0;             ///< λ of qep, in mean diagonals of H
+  double ridge = 1.0;               ///< λ of qep, in mean diagonals of H
   [[nodiscard]] bool is_on() const { return correction != "none"; }
 };
 struct Reestimate {

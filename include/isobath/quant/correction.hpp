@@ -14,7 +14,7 @@ namespace isobath::quant {
 /// definite.
 /// c, h [C, C] f32 CPU -> [C, C] f32; solved in f64, 7/3 C³ multiply-adds, 3 C² f64.
 /// Source   Arai & Ichikawa, QEP (2025): there a = ½, λ = 1.
-[[nodiscard]] at::Tensor qep_correction(const at::Tensor& c, const at::Tensor& h, double damping);
+[[nodiscard]] at::Tensor qep_correction(const at::Tensor& c, const at::Tensor& h, double ridge);
 
 /// M = triu(C Uᵀ, 1) U in the factor's column order: the later columns make up for what the deviation of the
 /// input does through each column. c [C, C] f32 CPU -> [C, C] f32 in original column order, in f64.
