@@ -164,15 +164,16 @@ StageWeights load_stage(const Session& session, const model::CheckpointReader& c
 
 checkpoint::Fingerprint fingerprint_of(const Session& session, const CalibrationSet& calibration) {
   // Where a result is put, on how many ranks and how often it is saved does not change it.
-  static const std::set<std::string> kIrrelevant{"output",           "ranks.stages",
-                                                 "ranks.replicas",   "ranks.threads",
-                                                 "ranks.watchdog_s", "checkpoint.every_blocks",
-                                                 "checkpoint.keep",  "compute_dtype"};
+  static const std::set<std::string> kIrrelevant{
+      "output",          "ranks.stages",     "ranks.replicas",
+      "ranks.threads",   "ranks.watchdog_s", "checkpoint.every_blocks",
+      "checkpoint.keep", "compute_dtype",    "quantization.allocation"};
   checkpoint::Fingerprint fingerprint;
   for (const auto& [key, value] : session.config.flatten())
     if (!kIrrelevant.contains(key)) fingerprint[key] = value;
   fingerprint["ranks.threads (resolved)"] = std::to_string(session.threads);
   fingerprint["compute_dtype (resolved)"] = c10::toString(session.dtype);
+  fingerprint["quantization.allocation (digest)"] = session.config.quantization.allocated.digest;
   fingerprint["model files"] = session.source->tensors().fingerprint();
   fingerprint["calibration tokens"] = calibration.tokens.digest;
   return fingerprint;

@@ -4,6 +4,7 @@
 #include <array>
 #include <isobath/comm/tree_sum.hpp>
 #include <isobath/model/block.hpp>
+#include <isobath/pipeline/perturbation_observer.hpp>
 #include <isobath/pipeline/session.hpp>
 #include <isobath/pipeline/statistics_files.hpp>
 #include <isobath/sensitivity/channel_statistics.hpp>
@@ -17,7 +18,9 @@ namespace isobath::pipeline {
 /// replica's microbatches, and reduces them over the replicas in an order fixed by the logical shards.
 class BlockObserver {
  public:
-  BlockObserver(const Session& session, const CalibrationSet& calibration, int64_t block);
+  /// perturbed: the block's weights when the widths of sensitivity.gram.bits are to be scored, else null.
+  BlockObserver(const Session& session, const CalibrationSet& calibration, int64_t block,
+                const model::BlockWeights* perturbed);
 
   /// Applies a linear so that its backward is observed for `microbatch` and Fisher sample `sample`.
   [[nodiscard]] at::Tensor apply(model::Projection projection, const at::Tensor& x,
@@ -39,9 +42,12 @@ class BlockObserver {
     std::vector<comm::TreeSum> sums;                         // one: the sums of ChannelStatistics
     std::vector<comm::TreeSum> maxima;
     std::vector<comm::TreeSum> covariances;  // one a row group
-    at::Tensor input;                        // of this microbatch, kept when covariances are asked for
+    std::optional<PerturbationObserver> perturbations;
+    at::Tensor input;  // of this microbatch, kept when covariances are asked for
   };
   void observe(Module& module, model::Projection projection, const at::Tensor& x, const at::Tensor& gradient);
+  [[nodiscard]] at::Tensor gather(const at::Tensor& rows, int tag) const;
+  [[nodiscard]] Perturbations gather(const Perturbations& local) const;
   void open_shard(Module& module, int64_t n_channels);
 
   const Session& session_;
