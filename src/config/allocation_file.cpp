@@ -29,8 +29,9 @@ void apply_allocation(RunConfig& config, const std::string& yaml, const std::str
   Allocation allocation;
   try {
     const YAML::Node root = YAML::Load(yaml);
-    if (!root.IsMap() || !root["allocation"].IsMap() || !root["overrides"].IsDefined() || root.size() != 2)
-      throw Mismatch(fmt::format(kForm, root.IsMap() ? "other keys" : found_text(root)));
+    const bool has_both = root.IsMap() && root.size() == 2 && root["allocation"].IsDefined() &&
+                          root["allocation"].IsMap() && root["overrides"].IsDefined();
+    if (!has_both) throw Mismatch(fmt::format(kForm, root.IsMap() ? "other keys" : found_text(root)));
     for (const auto& entry : root["allocation"])
       allocation.provenance[entry.first.Scalar()] = entry.second.Scalar();
     for (const Override& entry : read_overrides(root["overrides"])) {

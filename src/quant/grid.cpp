@@ -65,8 +65,11 @@ at::Tensor round_on_grid(const at::Tensor& w, const at::Tensor& scale, const at:
                 spec.group, w.size(0), groups);
   const at::Tensor step = scale.to(at::kFloat).unsqueeze(-1), offset = zero.to(at::kFloat).unsqueeze(-1);
   // at::round takes ties to even, as the kernels that choose codes do.
-  at::Tensor levels = (w.to(at::kFloat).reshape({w.size(0), groups, -1}) * step.reciprocal()).round_();
-  levels = at::minimum(at::maximum(levels, smallest_code(spec) - offset), largest_code(spec) - offset);
+  at::Tensor levels = w.to(at::kFloat).reshape({w.size(0), groups, -1}).mul(step.reciprocal()).round_();
+  if (spec.symmetric)
+    levels.clamp_(smallest_code(spec), largest_code(spec));
+  else
+    levels = at::minimum(at::maximum(levels, smallest_code(spec) - offset), largest_code(spec) - offset);
   return levels.mul_(step).to(spec.storage).to(at::kFloat).view({w.size(0), w.size(1)});
 }
 

@@ -6,7 +6,8 @@ from isobath_system import Workspace, assert_same_bytes, result_digests, run_wel
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (4, 1)]
 VARIANTS = {
     "bfloat16": ("bfloat16", ()),
-    "float32, re-estimated": ("float32", ("quantization.reestimate={policy: every, blocks: 2}",)),
+    "float32, re-estimated, widths scored": ("float32", ("quantization.reestimate={policy: every, blocks: 2}",
+                                                         "sensitivity.gram.bits=[2, 4]")),
 }
 
 for variant, (dtype, settings) in VARIANTS.items():
