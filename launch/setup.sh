@@ -23,7 +23,7 @@ isobath_logged() {
 isobath_missing_packages() {
   local tools=(cmake ninja g++ ccache git) tool_packages=(cmake ninja-build g++ ccache git)
   local libraries=(openmpi-bin libopenmpi-dev libhdf5-dev libboost-serialization-dev libfmt-dev libspdlog-dev
-    libyaml-cpp-dev libcli11-dev nlohmann-json3-dev libssl-dev libxxhash-dev libgtest-dev)
+    libyaml-cpp-dev libcli11-dev nlohmann-json3-dev libssl-dev libxxhash-dev libglpk-dev libgtest-dev)
   local i package
   for i in "${!tools[@]}"; do
     command -v "${tools[$i]}" >/dev/null || echo "${tool_packages[$i]}"
@@ -38,7 +38,7 @@ isobath_packages() {
   [[ -n ${ISOBATH_SKIP_PACKAGES:-} ]] && return 0
   if ! command -v dpkg-query >/dev/null; then
     echo "setup: not a Debian system. Install Open MPI, HDF5, Boost.Serialization, fmt, spdlog, yaml-cpp, CLI11," \
-      "nlohmann-json, OpenSSL, xxHash and GoogleTest (headers included), CMake >= 3.25, Ninja, GCC >= 12, ccache," \
+      "nlohmann-json, OpenSSL, xxHash, GLPK and GoogleTest (headers included), CMake >= 3.25, Ninja, GCC >= 12, ccache," \
       "then set ISOBATH_SKIP_PACKAGES=1" >&2
     exit 2
   fi

@@ -1,6 +1,7 @@
 #include <isobath/cli/arguments.hpp>
 
 #include <CLI/CLI.hpp>
+#include <isobath/pipeline/allocate.hpp>
 #include <sstream>
 
 namespace isobath::cli {
@@ -57,6 +58,31 @@ void add_commands(Builder& b) {
   b.stage(Command::quantize, "quantize", "Quantizes the model with the statistics that measure left.",
           "mpirun -n 4 isobath quantize configs/quickstart.yaml --resume");
 
+  CLI::App* allocate = b.command(
+      Command::allocate, "allocate",
+      "Chooses a width for each fused set (q/k/v, o, gate/up, down of each block) under a budget, from "
+      "statistics measured with sensitivity.gram.bits. Needs no mpirun.",
+      "isobath allocate configs/smollm2-mixed.yaml --budget 3.0");
+  b.config(allocate)->required();
+  auto* budget = allocate->add_option("--budget", a.budget_bits,
+                                      "Stored bits a quantized weight, scales included, on average.");
+  budget->type_name("BITS")->check(CLI::PositiveNumber);
+  auto* bytes = allocate->add_option("--budget-bytes", a.budget_bytes,
+                                     "Bytes of all quantized linears, scales included, instead of --budget.");
+  bytes->type_name("BYTES")->check(CLI::PositiveNumber)->excludes(budget);
+  allocate
+      ->add_option(
+          "--method", a.method,
+          "quadratic weighs pairs of fused sets too; diagonal only each alone; weighted, hawq-v2 and output "
+          "are scores of other methods.")
+      ->capture_default_str()
+      ->check(CLI::IsMember(pipeline::allocation_methods()));
+  allocate
+      ->add_option("--output", a.allocation_output,
+                   "File for the widths, YAML, with a report beside it (.json). Without it, bits.yaml and "
+                   "allocate.json in the run directory.")
+      ->type_name("FILE");
+
   CLI::App* evaluate =
       b.command(Command::evaluate, "evaluate",
                 "Compares a quantized checkpoint with the original model on the evaluation tokens.",
@@ -111,6 +137,8 @@ std::string usage_problem(const Arguments& a) {
   if (a.command == Command::evaluate && !a.json_output.empty() && a.checkpoints.empty() && !a.original_only)
     return "evaluate: --json needs --checkpoint or --original-only; a run directory has its own "
            "evaluation.json";
+  if (a.command == Command::allocate && a.budget_bits <= 0 && a.budget_bytes <= 0)
+    return "allocate: --budget BITS or --budget-bytes BYTES is required";
   return "";
 }
 

@@ -4,10 +4,12 @@
 #include <isobath/cli/inspect.hpp>
 #include <isobath/comm/device_communicator.hpp>
 #include <isobath/comm/watchdog.hpp>
+#include <isobath/config/allocation_file.hpp>
 #include <isobath/config/run_config.hpp>
 #include <isobath/config/schema.hpp>
 #include <isobath/core/version.hpp>
 #include <isobath/io/files.hpp>
+#include <isobath/pipeline/allocate.hpp>
 #include <isobath/pipeline/run.hpp>
 #include <isobath/report/table.hpp>
 
@@ -18,6 +20,24 @@ using pipeline::Stage;
 
 /// A configuration is a page; more is a mistaken path.
 constexpr int64_t kMaxConfigBytes = int64_t{1} << 20;
+/// A line a linear.
+constexpr int64_t kMaxAllocationBytes = int64_t{1} << 24;
+
+/// Reads the file that quantization.allocation names, if any, on rank 0 for all.
+void read_allocation(config::RunConfig& config, const comm::Communicator& world) {
+  const std::string& path = config.quantization.allocation;
+  if (path.empty()) return;
+  std::string text;
+  world.agree_on([&] {
+    if (world.rank() != 0) return;
+    if (!std::filesystem::is_regular_file(path))
+      fail<ConfigError>("quantization.allocation: expected a file of `isobath allocate` in {}, found {}",
+                        path, std::filesystem::exists(path) ? "something else" : "nothing");
+    text = io::read_text(path, kMaxAllocationBytes);
+  });
+  world.broadcast(text, 0);
+  world.agree_on([&] { config::apply_allocation(config, text, path); });
+}
 
 config::RunConfig load_config(const Arguments& arguments, const comm::Communicator& world) {
   std::string text;
@@ -36,6 +56,7 @@ config::RunConfig load_config(const Arguments& arguments, const comm::Communicat
     // Every rank parses the same text, so all are here.
     throw AgreedFailure(problem.code(), problem.what());
   }
+  read_allocation(config, world);
   comm::Watchdog::configure(std::chrono::seconds(config.ranks.watchdog_s));
   return config;
 }
@@ -91,6 +112,13 @@ void execute(const Arguments& arguments, const comm::Communicator& world) {
                            arguments.resume, world);
     case Command::measure:
       return pipeline::run(load_config(arguments, world), {Stage::measure}, arguments.resume, world);
+    case Command::allocate:
+      return pipeline::allocate(load_config(arguments, world),
+                                {.mean_bits = arguments.budget_bits,
+                                 .bytes = arguments.budget_bytes,
+                                 .method = arguments.method,
+                                 .output = arguments.allocation_output},
+                                world);
     case Command::quantize:
       return pipeline::run(load_config(arguments, world), {Stage::quantize}, arguments.resume, world);
     case Command::evaluate:

@@ -275,6 +275,14 @@ void add_sensitivity_keys(Table& t) {
   t.flag(
       "sensitivity.covariance", [](auto& c) -> auto& { return c.sensitivity.covariance; },
       "Also stores the weighted covariance of every module of the unquantized model.");
+  t.add(
+      "sensitivity.gram.bits", "list of widths", "bits",
+      "Widths whose effect on the loss is scored in every module while measuring, for `isobath allocate`; "
+      "empty "
+      "scores none. Costs one product of a weight gradient's size a linear and sequence.",
+      {{"type", "array"}, {"items", bits_schema()}, {"uniqueItems", true}},
+      [](RunConfig& c, const YAML::Node& node) { c.sensitivity.gram_bits = read_widths(node); },
+      [](const RunConfig& c) { return ordered_json(c.sensitivity.gram_bits).dump(); });
   t.text(
       "sensitivity.reuse", [](auto& c) -> auto& { return c.sensitivity.reuse; }, false,
       "Finished measure/ directory of another run to use instead of measuring; empty measures.");
@@ -350,6 +358,9 @@ void add_quantization_keys(Table& t) {
          {"minProperties", 2}}}},
       [](RunConfig& c, const YAML::Node& node) { c.quantization.overrides = read_overrides(node); },
       [](const RunConfig& c) { return overrides_text(c.quantization.overrides); });
+  t.text(
+      "quantization.allocation", [](auto& c) -> auto& { return c.quantization.allocation; }, false,
+      "File of widths that `isobath allocate` wrote; entries of overrides win over it. Empty: none.");
 }
 
 void add_closing_keys(Table& t) {

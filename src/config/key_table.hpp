@@ -31,6 +31,8 @@ struct Key {
 /// Readers of single values; throw Mismatch.
 [[nodiscard]] std::string read_text(const YAML::Node& node);
 [[nodiscard]] int read_bits(const YAML::Node& node);
+/// Distinct widths in ascending order, or an empty list.
+[[nodiscard]] std::vector<int> read_widths(const YAML::Node& node);
 [[nodiscard]] int64_t read_group(const YAML::Node& node);
 [[nodiscard]] std::vector<std::string> read_patterns(const YAML::Node& node);
 [[nodiscard]] std::vector<Override> read_overrides(const YAML::Node& node);

@@ -191,6 +191,8 @@ ModuleChoice choice_for(const Quantization& quantization, const std::string& mod
   ModuleChoice choice{true, quantization.bits, quantization.group};
   for (const std::string& pattern : quantization.ignore)
     if (matches(pattern, module)) choice.quantized = false;
+  if (const auto found = quantization.allocated.bits.find(module); found != quantization.allocated.bits.end())
+    choice.bits = found->second;
   for (const Override& entry : quantization.overrides) {
     if (!matches(entry.match, module)) continue;
     if (entry.bits != 0) choice.bits = entry.bits;

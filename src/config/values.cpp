@@ -85,6 +85,18 @@ int read_bits(const YAML::Node& node) {
   mismatch("expected one of {}, found {}", fmt::join(kBits, " | "), found_text(node));
 }
 
+std::vector<int> read_widths(const YAML::Node& node) {
+  if (!node.IsSequence()) mismatch("expected a list of widths such as [2, 3, 4], found {}", found_text(node));
+  std::vector<int> widths;
+  for (const auto& entry : node) {
+    const int bits = read_bits(entry);
+    if (!widths.empty() && bits <= widths.back())
+      mismatch("expected distinct widths in ascending order, found {} after {}", bits, widths.back());
+    widths.push_back(bits);
+  }
+  return widths;
+}
+
 int64_t read_group(const YAML::Node& node) {
   if (node.IsScalar() && node.Scalar() == "channel") return 0;
   if (node.IsScalar() && node.Tag() != "!") {

@@ -18,7 +18,8 @@ constexpr int kTagStride = 64;
 
 }  // namespace
 
-BlockObserver::BlockObserver(const Session& session, const CalibrationSet& calibration, int64_t block)
+BlockObserver::BlockObserver(const Session& session, const CalibrationSet& calibration, int64_t block,
+                             const model::BlockWeights* perturbed)
     : session_(session), calibration_(calibration), block_(block) {
   const int replica = session.grid->replica(), n_replicas = session.grid->shape().replicas;
   local_sequences_ = calibration.shards.sequences_of(replica, n_replicas);
@@ -31,6 +32,14 @@ BlockObserver::BlockObserver(const Session& session, const CalibrationSet& calib
     module.maxima.emplace_back(owners, replica, comm::Reduce::max);
     if (sensitivity.covariance)
       for (int64_t k = 0; k < sensitivity.row_groups; ++k) module.covariances.emplace_back(owners, replica);
+  }
+  if (perturbed == nullptr || sensitivity.gram_bits.empty()) return;
+  for (int p = 0; p < model::kProjections; ++p) {
+    const auto projection = static_cast<model::Projection>(p);
+    const std::string name = model::module_name(block, projection);
+    if (config::choice_for(session.config.quantization, name).quantized)
+      modules_[static_cast<size_t>(p)].perturbations.emplace(session, name, (*perturbed)[projection].weight,
+                                                             local_sequences_);
   }
 }
 
@@ -65,6 +74,8 @@ void BlockObserver::observe(model::Projection projection, const at::Tensor& x, c
       .slice(0, microbatch_.sequences.begin - local_sequences_.begin,
              microbatch_.sequences.end - local_sequences_.begin)
       .add_(weights, 1.0 / static_cast<double>(sensitivity.samples));
+  if (module.perturbations)
+    module.perturbations->observe(x, gradient, mask_, weights.mean(2), microbatch_.sequences, sample_);
   if (sensitivity.covariance) module.input = x;
 }
 
@@ -87,6 +98,34 @@ void BlockObserver::finish_microbatch(bool is_last_of_shard) {
   }
 }
 
+// Rows [n_local, …] of each replica's sequences, put together on replica 0 in the order of the sequences.
+at::Tensor BlockObserver::gather(const at::Tensor& rows, int tag) const {
+  const comm::Communicator& replicas = session_.grid->replicas();
+  if (replicas.rank() != 0) {
+    if (local_sequences_.size() > 0) replicas.send(rows, 0, tag);
+    return {};
+  }
+  std::vector<at::Tensor> parts{rows};
+  for (int r = 1; r < replicas.size(); ++r) {
+    const Range sequences = calibration_.shards.sequences_of(r, replicas.size());
+    if (sequences.size() == 0) continue;
+    std::vector<int64_t> shape = rows.sizes().vec();
+    shape[0] = sequences.size();
+    parts.push_back(at::empty(shape, rows.options()));
+    replicas.receive(parts.back(), r, tag);
+  }
+  return at::cat(parts);
+}
+
+Perturbations BlockObserver::gather(const Perturbations& local) const {
+  Perturbations all = local;  // widths, grid and the norms of the weights are the same on every replica
+  all.first_order = gather(local.first_order, 3 * kTagStride + 1);
+  all.output_change = gather(local.output_change, 3 * kTagStride + 2);
+  all.weighted_change = gather(local.weighted_change, 3 * kTagStride + 3);
+  all.gradient_norm = gather(local.gradient_norm, 3 * kTagStride + 4);
+  return all;
+}
+
 BlockStatistics BlockObserver::reduce() {
   const comm::Communicator& replicas = session_.grid->replicas();
   const bool is_root = replicas.rank() == 0;
@@ -100,21 +139,10 @@ BlockStatistics BlockObserver::reduce() {
     std::vector<at::Tensor> covariances;
     for (comm::TreeSum& tree : module.covariances)
       covariances.push_back(tree.reduce_to(0, replicas, 2 * kTagStride));
-    if (!is_root) {
-      if (local_sequences_.size() > 0) replicas.send(module.token_weights, 0, 3 * kTagStride);
-      continue;
-    }
-    std::vector<at::Tensor> parts{module.token_weights};
-    for (int r = 1; r < replicas.size(); ++r) {
-      const Range sequences = calibration_.shards.sequences_of(r, replicas.size());
-      if (sequences.size() == 0) continue;
-      at::Tensor part =
-          at::empty({sequences.size(), calibration_.tokens.length(), sensitivity.row_groups}, at::kFloat);
-      replicas.receive(part, r, 3 * kTagStride);
-      parts.push_back(std::move(part));
-    }
+    statistics.token_weights = gather(module.token_weights, 3 * kTagStride);
+    if (module.perturbations) statistics.perturbations = gather(module.perturbations->value());
+    if (!is_root) continue;
     const auto channels = sensitivity::ChannelStatistics::from(sums, maxima);
-    statistics.token_weights = at::cat(parts);
     statistics.sum_x2 = channels.sum_squares();
     statistics.max_abs_x = maxima;
     // Fisher samples are draws of the same expectation: sums over them become means.

@@ -1,4 +1,5 @@
 #include <ATen/ATen.h>
+#include <fmt/ranges.h>
 
 #include <isobath/data/shards.hpp>
 #include <isobath/io/safetensors_reader.hpp>
@@ -7,6 +8,7 @@
 #include <isobath/pipeline/run.hpp>
 #include <isobath/pipeline/validate.hpp>
 #include <isobath/quant/grid.hpp>
+#include <set>
 
 namespace isobath::pipeline {
 
@@ -39,6 +41,41 @@ void require_quantizable(const config::RunConfig& config, const model::ModelConf
     fail<ConfigError>("the configuration does not fit the model {}:{}", config.model, problems);
 }
 
+void require_allocated(const config::RunConfig& config, const model::CheckpointReader& source) {
+  const config::Allocation& allocation = config.quantization.allocated;
+  if (allocation.digest.empty()) return;
+  const std::string file = "quantization.allocation: " + config.quantization.allocation;
+  const auto made_for = allocation.provenance.find("model");
+  const std::string fingerprint = source.tensors().fingerprint();
+  if (made_for == allocation.provenance.end() || made_for->second != fingerprint)
+    fail<ConfigError>(
+        "{} was made for another model: expected {}, found {}; `isobath allocate` makes one for this", file,
+        fingerprint, made_for == allocation.provenance.end() ? "no model" : made_for->second);
+  std::set<std::string> unknown;
+  for (const auto& [module, bits] : allocation.bits) unknown.insert(module);
+  std::string problems;
+  for (int64_t block = 0; block < source.config().n_blocks; ++block) {
+    for (int set = 0; set < model::kInputSets; ++set) {
+      std::set<int> widths;
+      for (const model::Projection projection : model::input_set(set)) {
+        const std::string module = model::module_name(block, projection);
+        const auto choice = config::choice_for(config.quantization, module);
+        if (!choice.quantized) continue;
+        unknown.erase(module);
+        widths.insert(choice.bits);
+      }
+      if (widths.size() > 1)
+        problems += fmt::format(
+            "\n  block {}, {}: expected one width, as engines load them as one matrix, found {}; change "
+            "quantization.overrides",
+            block, model::name_of_input_set(set), fmt::join(widths, ", "));
+    }
+  }
+  for (const std::string& module : unknown)
+    problems += fmt::format("\n  {}: no linear of the model that this run quantizes", module);
+  if (!problems.empty()) fail<ConfigError>("{}:{}", file, problems);
+}
+
 std::string groups_that_divide(int64_t columns) {
   std::string list;
   for (const int64_t group : {16, 32, 64, 96, 128, 192, 256, 512})
@@ -59,6 +96,7 @@ CheckResult check(const config::RunConfig& config, int n_ranks) {
     const model::CheckpointReader reader(config.model);
     const model::ModelConfig& model = reader.config();
     attempt([&] { require_quantizable(config, model); });
+    attempt([&] { require_allocated(config, reader); });
     double n_parameters = 0, bits = 0, n_quantized = 0;
     for (int64_t block = 0; block < model.n_blocks; ++block) {
       for (int p = 0; p < model::kProjections; ++p) {

@@ -47,7 +47,8 @@ class Stage {
               .seed = session.config.calibration.seed} {
     if (takes_part())
       for (int64_t block = blocks_.begin; block < blocks_.end; ++block)
-        observers_.emplace_back(session, calibration, block);
+        observers_.emplace_back(session, calibration, block,
+                                pass.with_perturbations ? &weights.blocks.at(block) : nullptr);
   }
 
   [[nodiscard]] bool takes_part() const { return session_.grid->stage() >= entry_stage_; }

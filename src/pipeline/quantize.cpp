@@ -327,6 +327,7 @@ class QuantizePass {
         bits += n * quant::bits_per_weight(shape.columns, modules[module]);
         n_weights += n;
         ++result.n_modules;
+        ++result.modules_of_width[choice.bits];
       }
     }
     nlohmann::json records = nlohmann::json::array();

@@ -32,6 +32,15 @@ struct Closing {
   std::optional<evaluate::Summary> evaluated;
 };
 
+// "210 linears at 3", or "90 linears at 2, 120 at 4" for mixed widths.
+std::string widths_text(const QuantizeResult& result) {
+  std::string text;
+  for (const auto& [bits, n_modules] : result.modules_of_width)
+    text += fmt::format("{}{} {}at {}", text.empty() ? "" : ", ", n_modules, text.empty() ? "linears " : "",
+                        bits);
+  return text;
+}
+
 std::string closing_table(const Session& session, const Closing& closing, const fs::path& run, double wall_s,
                           const comm::Communicator& world) {
   int64_t largest = peak_memory_bytes(), total = largest;
@@ -55,7 +64,7 @@ std::string closing_table(const Session& session, const Closing& closing, const 
   std::string text = closing.evaluated || closing.quantized ? table.text() : std::string();
   if (closing.quantized)
     text += fmt::format(
-        "{} linears at {} bits, group {}, {}, {}{}; {} fallbacks\n", closing.quantized->n_modules, q.bits,
+        "{} bits, group {}, {}, {}{}; {} fallbacks\n", widths_text(*closing.quantized),
         q.group == 0 ? "channel" : std::to_string(q.group), q.symmetric ? "symmetric" : "asymmetric",
         q.solver,
         q.solver == "gptq" ? " with D = " + std::string(q.weighting == "none" ? "1" : "sensitivity") +
@@ -126,7 +135,10 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
   const data::ShardPlan plan(config.calibration.sequences, config.calibration.logical_shards,
                              config.calibration.microbatch);
   const Session session = open_session(config, static_cast<int64_t>(plan.microbatches().size()), world);
-  world.agree_on([&] { require_quantizable(config, session.model()); });
+  world.agree_on([&] {
+    require_quantizable(config, session.model());
+    require_allocated(config, *session.source);
+  });
   const CalibrationSet calibration = open_calibration(session);
   const checkpoint::Fingerprint fingerprint = fingerprint_of(session, calibration);
 
@@ -156,14 +168,16 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
   if (!config.sensitivity.reuse.empty()) {
     statistics = config.sensitivity.reuse;
     world.agree_on([&] {
-      require_header(statistics, statistics_header(session, calibration), session.model().n_blocks);
+      require_header("sensitivity.reuse", statistics, statistics_header(session, calibration),
+                     session.model().n_blocks);
     });
   }
   const bool is_measured = !config.sensitivity.reuse.empty() || directory.is_complete("measure");
   const bool is_measure_alone = stages.size() == 1;
   if (contains(stages, Stage::measure) && !is_measured && (is_weighted || is_measure_alone)) {
-    closing.measured = measure(session, calibration, weights,
-                               {.title = "measure", .source = {}, .directory = statistics}, events);
+    closing.measured = measure(
+        session, calibration, weights,
+        {.title = "measure", .source = {}, .directory = statistics, .with_perturbations = true}, events);
     directory.mark_complete("measure");
     log::info("measured {} tokens in {}: {:.4f} nats per token", closing.measured->n_tokens,
               report::Progress::format_duration(closing.measured->wall_s), closing.measured->nll_per_token);

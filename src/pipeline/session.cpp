@@ -167,12 +167,13 @@ checkpoint::Fingerprint fingerprint_of(const Session& session, const Calibration
   static const std::set<std::string> kIrrelevant{
       "output",           "ranks.stages",         "ranks.replicas",          "ranks.threads",
       "ranks.watchdog_s", "ranks.activation_gib", "checkpoint.every_blocks", "checkpoint.keep",
-      "compute_dtype"};
+      "compute_dtype",     "quantization.allocation"};
   checkpoint::Fingerprint fingerprint;
   for (const auto& [key, value] : session.config.flatten())
     if (!kIrrelevant.contains(key)) fingerprint[key] = value;
   fingerprint["ranks.threads (resolved)"] = std::to_string(session.threads);
   fingerprint["compute_dtype (resolved)"] = c10::toString(session.dtype);
+  fingerprint["quantization.allocation (digest)"] = session.config.quantization.allocated.digest;
   fingerprint["model files"] = session.source->tensors().fingerprint();
   fingerprint["calibration tokens"] = calibration.tokens.digest;
   return fingerprint;

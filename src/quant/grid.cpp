@@ -3,6 +3,7 @@
 #include <isobath/core/error.hpp>
 #include <isobath/quant/grid.hpp>
 
+#include "candidates.hpp"
 #include "group_fit.hpp"
 
 namespace isobath::quant {
@@ -54,6 +55,22 @@ at::Tensor dequantize(const QuantizedMatrix& matrix) {
   return (steps * matrix.scale.to(at::kFloat).unsqueeze(-1))
       .to(matrix.spec.storage)
       .view({n_rows, n_columns});
+}
+
+at::Tensor round_on_grid(const at::Tensor& w, const at::Tensor& scale, const at::Tensor& zero,
+                         const GridSpec& spec) {
+  const int64_t groups = n_groups(w.size(1), spec);
+  ISOBATH_CHECK(scale.size(0) == w.size(0) && scale.size(1) == groups && zero.sizes() == scale.sizes(),
+                "weights [{}, {}] with group {} need scales and zeros [{}, {}]", w.size(0), w.size(1),
+                spec.group, w.size(0), groups);
+  const at::Tensor step = scale.to(at::kFloat).unsqueeze(-1), offset = zero.to(at::kFloat).unsqueeze(-1);
+  // at::round takes ties to even, as the kernels that choose codes do.
+  at::Tensor levels = w.to(at::kFloat).reshape({w.size(0), groups, -1}).mul(step.reciprocal()).round_();
+  if (spec.symmetric)
+    levels.clamp_(smallest_code(spec), largest_code(spec));
+  else
+    levels = at::minimum(at::maximum(levels, smallest_code(spec) - offset), largest_code(spec) - offset);
+  return levels.mul_(step).to(spec.storage).to(at::kFloat).view({w.size(0), w.size(1)});
 }
 
 double bits_per_weight(int64_t columns, const GridSpec& spec) {

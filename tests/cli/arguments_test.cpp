@@ -54,8 +54,25 @@ TEST(Arguments, EvaluateTakesACheckpointOrTheOriginal) {
             "2 evaluate: --json needs --checkpoint or --origina");
 }
 
+TEST(Arguments, AllocateTakesOneBudgetAndAMethod) {
+  const auto a = std::get<Arguments>(
+      parsed({"allocate", "c", "--budget", "3.0", "--method", "hawq-v2", "--output", "widths.yaml"}));
+  EXPECT_EQ(a.command, Command::allocate);
+  EXPECT_EQ(a.budget_bits, 3.0);
+  EXPECT_EQ(a.budget_bytes, 0);
+  EXPECT_EQ(a.method, "hawq-v2");
+  EXPECT_EQ(a.allocation_output, "widths.yaml");
+  EXPECT_EQ(std::get<Arguments>(parsed({"allocate", "c", "--budget-bytes", "1000"})).budget_bytes, 1000);
+
+  EXPECT_EQ(usage_of({"allocate", "c"}).substr(0, 30), "2 allocate: --budget BITS or -");
+  EXPECT_EQ(usage_of({"allocate", "c", "--budget", "3", "--budget-bytes", "9"}).substr(0, 2), "2 ");
+  EXPECT_EQ(usage_of({"allocate", "c", "--budget", "-3"}).substr(0, 2), "2 ");
+  EXPECT_EQ(usage_of({"allocate", "c", "--budget", "3", "--method", "guess"}).substr(0, 2), "2 ");
+}
+
 TEST(Arguments, HelpIsNoError) {
-  for (const char* command : {"run", "measure", "quantize", "evaluate", "inspect", "check", "version"}) {
+  for (const char* command :
+       {"run", "measure", "allocate", "quantize", "evaluate", "inspect", "check", "version"}) {
     const std::string help = usage_of({command, "--help"});
     EXPECT_EQ(help.substr(0, 2), "0 ") << command;
     EXPECT_NE(help.find("Example: "), std::string::npos) << help;

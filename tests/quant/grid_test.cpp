@@ -47,6 +47,23 @@ TEST(Grid, MinMaxAsymmetricGridCoversZeroAndBothEnds) {
   EXPECT_EQ(grid.zero.item<int>(), -1);
 }
 
+TEST(Grid, RoundingOnFixedGridsGivesTheBitsThatCodesGive) {
+  at::manual_seed(3);
+  const at::Tensor w = at::randn({70, 128});
+  for (const bool symmetric : {true, false}) {
+    for (const at::ScalarType storage : {at::kBFloat16, at::kFloat}) {
+      for (const int bits : {2, 3, 4, 8}) {
+        const GridSpec spec{.bits = bits, .group = 32, .symmetric = symmetric, .storage = storage};
+        const QuantizedMatrix matrix = round_to_nearest(w, {}, spec);
+
+        const at::Tensor found = round_on_grid(w, matrix.scale, matrix.zero, spec);
+
+        EXPECT_TRUE(at::equal(found, dequantize(matrix).to(at::kFloat))) << bits << symmetric << storage;
+      }
+    }
+  }
+}
+
 TEST(Grid, DequantizeIsCodeMinusZeroTimesScaleRoundedOnce) {
   QuantizedMatrix matrix{{.bits = 4, .group = 2, .symmetric = false, .storage = at::kBFloat16},
                          at::tensor({-8, 7, 1, 0}, at::kChar).view({1, 4}),

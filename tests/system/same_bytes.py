@@ -6,7 +6,7 @@ from isobath_system import EVERYTHING_ON, Workspace, assert_same_bytes, result_d
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (4, 1)]
 VARIANTS = {
     "bfloat16": ("bfloat16", ()),
-    "float32, everything on": ("float32", EVERYTHING_ON),
+    "float32, everything on, widths scored": ("float32", EVERYTHING_ON + ("sensitivity.gram.bits=[2, 4]",)),
 }
 
 for variant, (dtype, settings) in VARIANTS.items():

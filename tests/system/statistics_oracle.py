@@ -1,4 +1,5 @@
-"""What `isobath measure` leaves, against an f64 recomputation by transformers autograd: D, sums, α of both equations, H."""
+"""What `isobath measure` leaves, against an f64 recomputation by transformers autograd: D, sums, α of both equations, H,
+scores of widths."""
 import pathlib
 import subprocess
 import sys
@@ -25,8 +26,8 @@ output: {folder}/run
 compute_dtype: float32
 ranks: {{stages: 2, replicas: 2, threads: 1, device: cpu}}
 calibration: {{tokens: {folder}/tokens.safetensors, sequences: {SEQUENCES}, length: {LENGTH}, logical_shards: 4, microbatch: 2}}
-sensitivity: {{per_sequence: exact, row_groups: 2, covariance: true}}
-quantization: {{group: 32}}
+sensitivity: {{per_sequence: exact, row_groups: 2, covariance: true, probes: 64, gram: {{bits: [2, 4]}}}}
+quantization: {{group: 32, clip_search: false, symmetric: {"true" if model == "tiny_llama_a" else "false"}}}
 """)
         subprocess.run(["mpirun", "--quiet", "-n", "4", binary(), "measure", str(folder / "run.yaml")], check=True,
                        env=ENVIRONMENT, timeout=120)

@@ -30,7 +30,8 @@ struct Sensitivity {
   double exponent = 1.0;
   double shrinkage = 0;  ///< 0 … 1; −1: auto
   bool covariance = false;
-  std::string reuse;  ///< finished measure/ directory of another run to use instead of measuring
+  std::vector<int> gram_bits;  ///< widths whose perturbations are scored while measuring; empty: none
+  std::string reuse;           ///< finished measure/ directory of another run to use instead of measuring
 };
 struct Override {
   std::string match;   ///< module name, or "re:" + ECMAScript regular expression matched from the start
@@ -50,6 +51,12 @@ struct Reestimate {
 struct Refinement {
   int64_t sweeps = 0;  ///< 0: off
 };
+/// Content of an allocation file (config/allocation_file.hpp).
+struct Allocation {
+  std::map<std::string, int> bits;                ///< by whole module name
+  std::map<std::string, std::string> provenance;  ///< model, tokens, loss, method, budget …
+  std::string digest;                             ///< of the file's text; empty: no file
+};
 struct Quantization {
   std::string solver = "gptq";            ///< gptq | round_to_nearest
   std::string weighting = "sensitivity";  ///< sensitivity | none
@@ -63,6 +70,8 @@ struct Quantization {
   Reestimate reestimate;
   std::vector<std::string> ignore = {"lm_head"};
   std::vector<Override> overrides;
+  std::string allocation;  ///< file of `isobath allocate`; empty: none
+  Allocation allocated;    ///< its content, once apply_allocation has read it
 };
 struct Evaluation {
   std::string tokens;  ///< empty: the stage is skipped
@@ -95,7 +104,7 @@ struct RunConfig {
 [[nodiscard]] RunConfig parse(const std::string& yaml, const std::vector<std::string>& overrides,
                               const std::string& source);
 
-/// Bits and group of one module after `overrides` and `ignore`.
+/// Bits and group of one module after the allocation, `overrides` (which win over it) and `ignore`.
 struct ModuleChoice {
   bool quantized = true;
   int bits = 0;

@@ -4,6 +4,7 @@
 #include <array>
 #include <isobath/comm/tree_sum.hpp>
 #include <isobath/model/block.hpp>
+#include <isobath/pipeline/perturbation_observer.hpp>
 #include <isobath/pipeline/session.hpp>
 #include <isobath/pipeline/statistics_files.hpp>
 #include <isobath/sensitivity/channel_statistics.hpp>
@@ -17,7 +18,9 @@ namespace isobath::pipeline {
 /// replica's microbatches, and reduces them over the replicas in an order fixed by the logical shards.
 class BlockObserver {
  public:
-  BlockObserver(const Session& session, const CalibrationSet& calibration, int64_t block);
+  /// perturbed: the block's weights when the widths of sensitivity.gram.bits are to be scored, else null.
+  BlockObserver(const Session& session, const CalibrationSet& calibration, int64_t block,
+                const model::BlockWeights* perturbed);
 
   /// What the backward passes that follow belong to.
   void begin(const data::Microbatch& microbatch, int64_t sample);
@@ -38,8 +41,11 @@ class BlockObserver {
     std::vector<comm::TreeSum> sums;                         // one: the sums of ChannelStatistics
     std::vector<comm::TreeSum> maxima;
     std::vector<comm::TreeSum> covariances;  // one a row group
-    at::Tensor input;                        // of this microbatch, kept when covariances are asked for
+    std::optional<PerturbationObserver> perturbations;
+    at::Tensor input;  // of this microbatch, kept when covariances are asked for
   };
+  [[nodiscard]] at::Tensor gather(const at::Tensor& rows, int tag) const;
+  [[nodiscard]] Perturbations gather(const Perturbations& local) const;
   void open_shard(Module& module, int64_t n_channels);
 
   const Session& session_;

@@ -17,6 +17,7 @@ struct MeasurePass {
   int64_t first_block = 0;
   HiddenSource source;              ///< empty: the embedded tokens (needs first_block == 0)
   std::filesystem::path directory;  ///< receives one statistics file a block
+  bool with_perturbations = false;  ///< also scores the widths of sensitivity.gram.bits
 };
 
 struct MeasureResult {

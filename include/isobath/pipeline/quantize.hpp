@@ -4,6 +4,7 @@
 #include <isobath/pipeline/block_solver.hpp>
 #include <isobath/pipeline/session.hpp>
 #include <isobath/report/events.hpp>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -12,6 +13,7 @@ namespace isobath::pipeline {
 struct QuantizeResult {
   double bits_per_weight = 0;  ///< over the quantized linears, scales and zeros included
   int64_t n_modules = 0;
+  std::map<int, int64_t> modules_of_width;  ///< bits -> linears
   int64_t n_fallbacks = 0;
   double wall_s = 0;
 };

@@ -4,10 +4,25 @@
 #include <array>
 #include <filesystem>
 #include <isobath/model/model_config.hpp>
+#include <isobath/quant/grid.hpp>
 #include <map>
 #include <string>
+#include <vector>
 
 namespace isobath::pipeline {
+
+/// What rounding one linear to each of K widths would do, sequence by sequence
+/// (sensitivity/perturbation.hpp). Weights are rounded to nearest on `grid`, as quant::round_to_nearest does
+/// without importance.
+struct Perturbations {
+  std::vector<int64_t> bits;  ///< [K] ascending; empty: not scored
+  quant::GridSpec grid;       ///< group, symmetric, clip_search, storage of all widths; its bits are not used
+  at::Tensor first_order;     ///< [n, samples, K] f64  s = <G, X dW^T>
+  at::Tensor output_change;   ///< [n, K] f64  ||X dW^T||^2 (probes)
+  at::Tensor weighted_change;  ///< [n, K] f64  tr(dW X^T D X dW^T) (probes), D the mean over row groups
+  at::Tensor gradient_norm;    ///< [n, samples] f64  ||G^T X||^2
+  at::Tensor weight_change;    ///< [K] f64  ||dW||^2
+};
 
 /// Statistics of one linear over the whole calibration set.
 struct ModuleStatistics {
@@ -17,6 +32,7 @@ struct ModuleStatistics {
   at::Tensor alpha_per_token;     ///< [d_in] f64, α of [AS 6]
   at::Tensor alpha_per_sequence;  ///< [d_in] f64, α of [AS 5]; undefined when switched off
   at::Tensor covariance;          ///< [row_groups, d_in, d_in] f32 with raw D; undefined unless asked for
+  Perturbations perturbations;    ///< only with sensitivity.gram.bits
   int64_t n_tokens = 0;
   int64_t n_sequences = 0;
 };
@@ -37,9 +53,18 @@ void write_statistics(const std::filesystem::path& directory, int64_t block, con
 [[nodiscard]] std::array<at::Tensor, model::kProjections> read_token_weights(
     const std::filesystem::path& directory, int64_t block);
 
+/// What `isobath allocate` needs of a block's seven linears; those without scores have no bits.
+struct ModuleScores {
+  Perturbations perturbations;
+  int64_t n_tokens = 0;
+};
+/// Local. Throws DataError or IoError.
+[[nodiscard]] std::array<ModuleScores, model::kProjections> read_perturbations(
+    const std::filesystem::path& directory, int64_t block);
+
 /// Compares the header of a finished statistics directory with `expected`; throws ConfigError naming each
-/// difference with both values. Local.
-void require_header(const std::filesystem::path& directory, const StatisticsHeader& expected,
-                    int64_t n_blocks);
+/// difference with both values; `who` begins the message. Local.
+void require_header(const std::string& who, const std::filesystem::path& directory,
+                    const StatisticsHeader& expected, int64_t n_blocks);
 
 }  // namespace isobath::pipeline

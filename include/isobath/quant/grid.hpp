@@ -39,6 +39,11 @@ struct GroupGrid {
 /// What a loader computes: [R, C] in storage dtype, (code − zero)·scale in f32 rounded once.
 [[nodiscard]] at::Tensor dequantize(const QuantizedMatrix& matrix);
 
+/// w [R, C] rounded on fixed grids (scale, zero [R, G] as in QuantizedMatrix): what `dequantize` gives for
+/// the nearest codes, bit for bit, without keeping codes. f32 [R, C], any device. Cost: a few passes over w.
+[[nodiscard]] at::Tensor round_on_grid(const at::Tensor& w, const at::Tensor& scale, const at::Tensor& zero,
+                                       const GridSpec& spec);
+
 /// Stored bits per weight, scales and (asymmetric) packed zeros included.
 [[nodiscard]] double bits_per_weight(int64_t columns, const GridSpec& spec);
 

@@ -1,0 +1,140 @@
+#include <ATen/ATen.h>
+
+#include <cmath>
+#include <isobath/report/table.hpp>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "allocation_problem.hpp"
+
+namespace isobath::pipeline {
+namespace {
+
+std::string method_table(const AllocationReport& report) {
+  report::Table table({"method", "bits a weight", "predicted loss", "additive part", "to uniform"});
+  const auto add = [&](const std::string& name, const Allocation& allocation) {
+    const double mean = report.problem.mean_bits(cost_of(report.problem.candidates, allocation.selection));
+    const bool comparable = report.uniform && report.uniform->predicted > 0;
+    table.add({name, fmt::format("{:.4f}", mean), fmt::format("{:.5f}", allocation.predicted),
+               fmt::format("{:.5f}", allocation.additive),
+               comparable ? fmt::format("{:.3f}", allocation.predicted / report.uniform->predicted) : "-"});
+  };
+  for (size_t m = 0; m < report.methods.size(); ++m)
+    add(report.methods[m].method + (m == report.chosen ? " (chosen)" : ""), report.methods[m]);
+  if (report.uniform) {
+    std::set<int64_t> widths;
+    for (size_t set = 0; set < report.problem.sets.size(); ++set)
+      if (report.problem.sets[set].bits.size() > 1)
+        widths.insert(report.problem.bits_of(set, report.uniform->selection[set]));
+    add(widths.empty() ? "uniform" : fmt::format("uniform, {} bits", *widths.begin()), *report.uniform);
+  }
+  table.add({"lower bound", "", fmt::format("{:.5f}", report.bound), "", ""});
+  return table.text();
+}
+
+std::string width_table(const AllocationReport& report) {
+  std::vector<std::string> header{"width", "linears", "share of weights"};
+  for (int set = 0; set < model::kInputSets; ++set) header.emplace_back(model::name_of_input_set(set));
+  report::Table table(header);
+  struct Row {
+    int64_t n_modules = 0, n_weights = 0;
+    std::array<int64_t, model::kInputSets> blocks{};
+  };
+  std::map<int64_t, Row> rows;
+  const AllocationProblem& problem = report.problem;
+  for (size_t s = 0; s < problem.sets.size(); ++s) {
+    const FusedSet& set = problem.sets[s];
+    Row& row = rows[problem.bits_of(s, report.methods[report.chosen].selection[s])];
+    row.n_modules += std::ssize(set.modules);
+    row.n_weights += set.n_weights;
+    ++row.blocks[static_cast<size_t>(set.input_set)];
+  }
+  for (const auto& [bits, row] : rows) {
+    std::vector<std::string> cells{fmt::format("{} bits", bits), std::to_string(row.n_modules),
+                                   fmt::format("{:.1f} %", 100.0 * static_cast<double>(row.n_weights) /
+                                                               static_cast<double>(problem.n_weights))};
+    for (const int64_t blocks : row.blocks) cells.push_back(std::to_string(blocks));
+    table.add(std::move(cells));
+  }
+  return table.text();
+}
+
+nlohmann::ordered_json to_json(const AllocationReport& report, const Allocation& allocation) {
+  return {{"method", allocation.method},
+          {"mean_bits", report.problem.mean_bits(cost_of(report.problem.candidates, allocation.selection))},
+          {"predicted_loss_increase", allocation.predicted},
+          {"additive_part", allocation.additive}};
+}
+
+}  // namespace
+
+std::string allocation_table(const AllocationReport& report) {
+  const AllocationProblem& problem = report.problem;
+  const Allocation& chosen = report.methods[report.chosen];
+  const auto diagonal = std::ranges::find(report.methods, "diagonal", &Allocation::method);
+  std::string text = method_table(report);
+  text += fmt::format(
+      "Predicted loss: increase in nats per token, {}½ xᵀCx/T, C = E[s sᵀ] of {} sequences{}, off-diagonal "
+      "shrunk "
+      "by {:.2f}.\nAdditive part: without the pairs of different sets. No selection within the budget is "
+      "predicted "
+      "below the bound.\n\n",
+      report.with_linear ? "E[s]·x/T + " : "", problem.n_sequences,
+      problem.n_samples > 1 ? fmt::format(" and {} label draws", problem.n_samples) : "",
+      report.loss.shrinkage);
+  text += width_table(report);
+  text +=
+      fmt::format("Numbers under q/k/v, o, gate/up, down are blocks.\npredicted loss {:+.5f} nats per token",
+                  chosen.predicted);
+  if (diagonal != report.methods.end() && std::abs(diagonal->predicted) > 0)
+    text += fmt::format(", {:.3f} of the additive choice's", chosen.predicted / diagonal->predicted);
+  if (std::abs(report.bound) > 0)
+    text += fmt::format(", {:.1f} % above the bound",
+                        100 * (chosen.predicted - report.bound) / std::abs(report.bound));
+  return text + "\n";
+}
+
+std::string allocation_json(const AllocationReport& report,
+                            const std::map<std::string, std::string>& provenance) {
+  const AllocationProblem& problem = report.problem;
+  nlohmann::ordered_json result;
+  for (const auto& [name, value] : provenance) result[name] = value;
+  result["units"] = "losses in nats per token; mean_bits in stored bits a weight, scales included";
+  result["budget_bits"] = problem.candidates.budget;
+  result["n_weights"] = problem.n_weights;
+  result["n_sequences"] = problem.n_sequences;
+  result["n_samples"] = problem.n_samples;
+  result["shrinkage"] = report.loss.shrinkage;
+  result["first_order_term"] = report.with_linear;
+  result["lower_bound"] = report.bound;
+  result["methods"] = nlohmann::ordered_json::array();
+  for (const Allocation& allocation : report.methods)
+    result["methods"].push_back(to_json(report, allocation));
+  if (report.uniform) result["uniform"] = to_json(report, *report.uniform);
+  result["sets"] = nlohmann::ordered_json::array();
+  const std::vector<double> alone = report.loss.diagonal();
+  for (size_t s = 0; s < problem.sets.size(); ++s) {
+    const FusedSet& set = problem.sets[s];
+    nlohmann::ordered_json chosen = nlohmann::ordered_json::object(),
+                           candidates = nlohmann::ordered_json::array();
+    for (const Allocation& allocation : report.methods)
+      chosen[allocation.method] = problem.bits_of(s, allocation.selection[s]);
+    for (int64_t k = problem.candidates.first[s]; k < problem.candidates.first[s + 1]; ++k) {
+      nlohmann::ordered_json candidate{{"bits", problem.bits_of(s, k)},
+                                       {"stored_bits", problem.candidates.cost[static_cast<size_t>(k)]},
+                                       {"diagonal", alone[static_cast<size_t>(k)]},
+                                       {"first_order", report.loss.linear[k].item<double>()}};
+      for (const auto& [method, scores] : problem.scored) candidate[method] = scores[static_cast<size_t>(k)];
+      candidates.push_back(std::move(candidate));
+    }
+    result["sets"].push_back({{"block", set.block},
+                              {"set", model::name_of_input_set(set.input_set)},
+                              {"modules", set.modules},
+                              {"n_weights", set.n_weights},
+                              {"bits", chosen},
+                              {"candidates", candidates}});
+  }
+  return result.dump(1) + "\n";
+}
+
+}  // namespace isobath::pipeline

@@ -1,0 +1,134 @@
+"""Widths are allocated from scores, quantize takes them on another layout of ranks, and every mismatch is told."""
+import json
+import os
+import re
+import subprocess
+
+from isobath_system import BLOCKS, ENVIRONMENT, Workspace, binary, run_well, write_tokens
+
+FUSED_SETS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
+              ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+METHODS = ("quadratic", "diagonal", "weighted", "hawq-v2", "output")
+# Group 32 in bf16: 0.5 bits a weight for scales.
+BUDGET = 3.4
+
+
+def call(command, config, *options, ranks=1):
+    line = [os.environ.get("ISOBATH_MPIEXEC", "mpirun"), "--quiet", "-n", str(ranks), binary(), command, str(config), *options]
+    return subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+
+
+def well(command, config, *options, ranks=1):
+    job = call(command, config, *options, ranks=ranks)
+    assert job.returncode == 0, job.stderr
+    return job.stdout
+
+
+def refused(config, mentions, *options, command="allocate"):
+    job = call(command, config, *options)
+    errors = re.findall(r"\berror: .*", job.stderr)
+    assert job.returncode == 2 and len(errors) == 1, f"code {job.returncode}: {job.stderr}"
+    for mention in mentions:
+        assert re.search(mention, job.stderr), f"no mention of {mention}: {job.stderr}"
+    print(f"refused: {errors[0]}", flush=True)
+
+
+def widths_of(path):
+    return {match: int(bits) for match, bits in re.findall(r"match: (\S+), bits: (\d)", path.read_text())}
+
+
+def choose(space, config, method):
+    """One method's widths, after a check of budget and fused sets; the report beside them."""
+    output = space.path / "widths" / f"{method}.yaml"
+    table = well("allocate", config, "--budget", str(BUDGET), "--method", method, "--output", str(output), ranks=2)
+    assert f"{method} (chosen)" in table, table
+    widths = widths_of(output)
+    assert len(widths) == 7 * BLOCKS
+    for block in range(BLOCKS):
+        for fused in FUSED_SETS:
+            assert len({widths[f"model.layers.{block}.{name}"] for name in fused}) == 1, widths
+    return widths, json.loads(output.with_suffix(".json").read_text())
+
+
+def allocation_and_quantization(space, config):
+    reports = {}
+    for method in ("diagonal", "hawq-v2", "quadratic"):
+        widths, report = choose(space, config, method)
+        reports[method] = report
+        found = {entry["method"]: entry for entry in report["methods"]}
+        assert tuple(found) == METHODS
+        assert all(entry["mean_bits"] <= BUDGET for entry in found.values())
+        assert min(entry["predicted_loss_increase"] for entry in found.values()) == found["quadratic"]["predicted_loss_increase"]
+        assert min(entry["additive_part"] for entry in found.values()) >= found["diagonal"]["additive_part"] - 1e-5
+        assert report["lower_bound"] <= found["quadratic"]["predicted_loss_increase"] + 1e-9
+        for chosen in report["sets"]:
+            for module in chosen["modules"]:
+                assert widths[module] == chosen["bits"][method]
+    assert all(report["methods"] == reports["diagonal"]["methods"] for report in reports.values())
+
+    in_bytes = space.path / "bytes.yaml"
+    well("allocate", config, "--budget-bytes", str(reports["quadratic"]["budget_bits"] // 8), "--output", str(in_bytes))
+    widths = widths_of(in_bytes)
+    assert len(set(widths.values())) > 1, widths
+    job = run_well(space.config("mixed"), stages=1, replicas=2,
+                   settings=(f"quantization.allocation={in_bytes}", f"sensitivity.reuse={space.path}/scored/measure"))
+    mean_bits = reports["quadratic"]["methods"][0]["mean_bits"]
+    assert re.search(rf"bits per weight, scales included +16 +{mean_bits:.3f}", job.stdout), job.stdout
+    scheme = json.loads((space.path / "mixed/model/config.json").read_text())["quantization_config"]
+    written = {target: group["weights"]["num_bits"] for group in scheme["config_groups"].values() for target in group["targets"]}
+    assert written == widths
+    records = {record["module"]: record["bits"] for record in json.loads((space.path / "mixed/modules.json").read_text())}
+    assert records == widths
+    return in_bytes
+
+
+def pinned(space, config):
+    """An override's width is kept, and the rest of the budget goes to the others."""
+    output = space.path / "pinned.yaml"
+    pin = "quantization.overrides=[{match: 're:.*down_proj$', bits: 4}]"
+    well("allocate", config, "--budget", str(BUDGET), "--set", pin, "--output", str(output))
+    assert all(bits == 4 for module, bits in widths_of(output).items() if module.endswith("down_proj"))
+
+
+def mismatches(space, config, widths):
+    budget = ("--budget", str(BUDGET))
+    refused(config, ["--budget", "2.5000", "4.5000"], "--budget", "2.4")
+    refused(config, ["--budget", "2.5000", "4.5000"], "--budget", "4.6")
+    refused(config, ["--budget-bytes"], "--budget-bytes", "1000")
+    refused(config, ["budget"])
+    refused(config, ["split block 0, q/k/v", "3, 4"], *budget, "--set",
+            "quantization.overrides=[{match: 're:.*q_proj', bits: 3}, {match: 're:.*k_proj', bits: 4}]")
+    refused(config, ["8 bits", "block 0, o", "2, 3, 4"], *budget, "--set",
+            "quantization.overrides=[{match: 're:.*o_proj', bits: 8}]")
+    refused(config, ["group 32", "group 16", "isobath measure"], *budget, "--set", "quantization.group=16")
+    refused(config, ["loss", "fisher", "nll"], *budget, "--set", "sensitivity.loss=fisher")
+    other = write_tokens(space.path / "other.safetensors", seed=9)
+    refused(config, ["measured differently", "tokens"], *budget, "--set", f"calibration.tokens={other}")
+    refused(space.config("nowhere"), ["isobath measure", "nowhere/measure"], *budget)
+    plain = space.config("plain")
+    well("measure", plain)
+    refused(plain, ["holds no scores", "sensitivity.gram.bits"], *budget)
+
+    mixed = space.config("refused")
+    use = ("--set", f"quantization.allocation={widths}")
+    refused(mixed, ["block 0, q/k/v", "expected one width"], *use, "--set",
+            "quantization.overrides=[{match: 're:.*layers\\.0\\..*q_proj', bits: 8}]", command="run")
+    refused(mixed, ["down_proj", "no linear"], *use, "--set", "quantization.ignore=[lm_head, 're:.*down_proj']", command="run")
+    text = widths.read_text()
+    for name, change, mentions in (
+            ("of-another-model", lambda t: re.sub(r"  model: .*", "  model: 0123", t), ["another model", "0123"]),
+            ("without-bits", lambda t: t.replace(", bits: ", ", group: 3", 1), ["without bits"]),
+            ("a-pattern", lambda t: t.replace("match: model", "match: re:model", 1), ["whole module name"]),
+            ("not-yaml", lambda t: t + "}", ["not valid YAML"]),
+            ("another-file", lambda t: "model: x\n", ["allocation and overrides"])):
+        (space.path / f"{name}.yaml").write_text(change(text))
+        refused(mixed, mentions, "--set", f"quantization.allocation={space.path}/{name}.yaml", command="run")
+    refused(mixed, ["absent.yaml", "nothing"], "--set", "quantization.allocation=absent.yaml", command="run")
+
+
+with Workspace() as workspace:
+    scored = workspace.config("scored", sensitivity={"gram": {"bits": [2, 3, 4]}, "loss": "nll"})
+    well("measure", scored, ranks=2)
+    chosen_widths = allocation_and_quantization(workspace, scored)
+    pinned(workspace, scored)
+    mismatches(workspace, scored, chosen_widths)
