@@ -1,13 +1,12 @@
 #include <isobath/pipeline/run.hpp>
 
-#include <sys/resource.h>
-
 #include <isobath/comm/watchdog.hpp>
 #include <isobath/core/log.hpp>
 #include <isobath/core/timer.hpp>
 #include <isobath/io/files.hpp>
 #include <isobath/pipeline/evaluate.hpp>
 #include <isobath/pipeline/measure.hpp>
+#include <isobath/pipeline/prediction.hpp>
 #include <isobath/pipeline/quantize.hpp>
 #include <isobath/pipeline/validate.hpp>
 #include <isobath/report/progress.hpp>
@@ -18,12 +17,6 @@ namespace isobath::pipeline {
 namespace {
 
 namespace fs = std::filesystem;
-
-int64_t peak_memory_bytes() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  return int64_t{1024} * usage.ru_maxrss;
-}
 
 // What the closing table tells; stages that did not run stay empty.
 struct Closing {
@@ -145,7 +138,10 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
   if (!creates) refuse_or_note_finished(directory, stages, resume, world);
 
   // W: each rank reads the weights of its own blocks.                                   sharded by stage
+  Prediction prediction(session);
+  const Timer loading;
   const StageWeights weights = load_stage(session, *session.source);
+  prediction.record("load", loading.seconds(), events);
   Closing closing;
 
   // §1  D_l, α_l = sensitivity of every linear on the calibration tokens                files, one a block
@@ -161,6 +157,7 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
   if (contains(stages, Stage::measure) && !is_measured && (is_weighted || is_measure_alone)) {
     closing.measured = measure(session, calibration, weights,
                                {.title = "measure", .source = {}, .directory = statistics}, events);
+    prediction.record("measure", closing.measured->wall_s, events);
     directory.mark_complete("measure");
     log::info("measured {} tokens in {}: {:.4f} nats per token", closing.measured->n_tokens,
               report::Progress::format_duration(closing.measured->wall_s), closing.measured->nll_per_token);
@@ -175,6 +172,7 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
     if (!world.any(fs::exists(quantized / "config.json")))
       closing.quantized =
           quantize(session, calibration, weights, statistics, directory, fingerprint, true, events);
+    if (closing.quantized) prediction.record("quantize", closing.quantized->wall_s, events);
     directory.mark_complete("quantize");
   }
 
@@ -182,7 +180,9 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
   if (contains(stages, Stage::evaluate) && !directory.is_complete("evaluate")) {
     require_finished(directory, "quantize", world);
     if (!config.evaluation.tokens.empty()) {
+      const Timer evaluating;
       closing.evaluated = evaluate_model(session, weights, quantized, events);
+      prediction.record("evaluate", evaluating.seconds(), events);
       world.agree_on([&] {
         if (world.rank() == 0)
           io::write_text_atomically(directory.path() / "evaluation.json",
@@ -192,7 +192,8 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
     directory.mark_complete("evaluate");
   }
 
-  const std::string table = closing_table(session, closing, directory.path(), timer.seconds(), world);
+  const std::string table =
+      closing_table(session, closing, directory.path(), timer.seconds(), world) + prediction.text();
   log::print(table);
   events.write("finished", {{"seconds", timer.seconds()}, {"summary", table}});
 }

@@ -164,10 +164,10 @@ StageWeights load_stage(const Session& session, const model::CheckpointReader& c
 
 checkpoint::Fingerprint fingerprint_of(const Session& session, const CalibrationSet& calibration) {
   // Where a result is put, on how many ranks and how often it is saved does not change it.
-  static const std::set<std::string> kIrrelevant{"output",           "ranks.stages",
-                                                 "ranks.replicas",   "ranks.threads",
-                                                 "ranks.watchdog_s", "checkpoint.every_blocks",
-                                                 "checkpoint.keep",  "compute_dtype"};
+  static const std::set<std::string> kIrrelevant{
+      "output",          "ranks.stages",     "ranks.replicas",
+      "ranks.threads",   "ranks.watchdog_s", "checkpoint.every_blocks",
+      "checkpoint.keep", "compute_dtype",    "plan.cluster"};
   checkpoint::Fingerprint fingerprint;
   for (const auto& [key, value] : session.config.flatten())
     if (!kIrrelevant.contains(key)) fingerprint[key] = value;
