@@ -79,6 +79,7 @@ std::string plan_json(const config::RunConfig& config, const plan::Plan& plan) {
                     {"stages", plan.stages},
                     {"replicas", plan.replicas},
                     {"microbatch", config.calibration.microbatch},
+                    {"proposed_microbatch", plan.proposed_microbatch},
                     {"compute_dtype", plan.computes_bf16 ? "bfloat16" : "float32"},
                     {"seconds", plan.total_s()},
                     {"device_bytes", plan.need.device_bytes},

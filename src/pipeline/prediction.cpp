@@ -49,9 +49,9 @@ Prediction::Prediction(const Session& session) : session_(session) {
     if (world.rank() != 0) return;
     if (!std::filesystem::is_regular_file(path))
       fail<ConfigError>(
-          "plan.cluster: {}: expected a cluster description, found nothing; `isobath plan "
+          "plan.cluster: {}: expected a cluster description, found {}; `isobath plan "
           "--calibrate --output {}` measures one",
-          path, path);
+          path, std::filesystem::exists(path) ? "something else" : "nothing", path);
     text = io::read_text(path, kMaxClusterBytes);
   });
   world.broadcast(text, 0);

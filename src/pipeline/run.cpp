@@ -118,6 +118,7 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
   const Session session = open_session(config, static_cast<int64_t>(plan.microbatches().size()), world);
   world.agree_on([&] { require_quantizable(config, session.model()); });
   const CalibrationSet calibration = open_calibration(session);
+  Prediction prediction(session);
   const checkpoint::Fingerprint fingerprint = fingerprint_of(session, calibration);
 
   // The first stage makes the run directory; the later ones continue in it.
@@ -138,7 +139,6 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
   if (!creates) refuse_or_note_finished(directory, stages, resume, world);
 
   // W: each rank reads the weights of its own blocks.                                   sharded by stage
-  Prediction prediction(session);
   const Timer loading;
   const StageWeights weights = load_stage(session, *session.source);
   prediction.record("load", loading.seconds(), events);

@@ -25,6 +25,8 @@ Layout Layout::of(const config::Calibration& calibration, const model::ModelConf
   layout.blocks = model::balance_stages(model, calibration.length, stages);
   const int64_t n_sequences = calibration.sequences;
   layout.n_shards = std::min(calibration.logical_shards, n_sequences);
+  layout.largest_microbatch =
+      std::min(calibration.microbatch, partition(n_sequences, layout.n_shards, 0).size());
   int64_t n_microbatches = 0;
   // The first shards are the larger ones, and the first holders have more of them.
   const Range of_replica = partition(layout.n_shards, replicas, 0);

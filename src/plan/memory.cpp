@@ -5,8 +5,9 @@ namespace {
 
 constexpr double kGiB = 1024.0 * 1024.0 * 1024.0;
 
-// LibTorch, MPI and the program itself, resident after start; with devices also what a CUDA context takes.
-constexpr double kProcessBytes = 0.3 * kGiB, kDeviceContextBytes = 0.6 * kGiB;
+// LibTorch, MPI and the program itself: 0.13 GiB resident after start, and about as much again once oneDNN
+// and MPI have worked (docs/performance.md). A CUDA context: assumed.
+constexpr double kProcessBytes = 0.25 * kGiB, kDeviceContextBytes = 0.6 * kGiB;
 
 // Rows of logits that exist at once (model/head.cpp, evaluate/token_metrics.cpp).
 constexpr double kLossChunk = 256, kCompareChunk = 128;
@@ -86,9 +87,7 @@ RankMemory measure_memory(const Job& job, int stage) {
   const bool is_last = stage + 1 == layout.stages;
   const auto n_blocks = static_cast<double>(layout.blocks[static_cast<size_t>(stage)].size());
   const auto samples = static_cast<double>(job.config.sensitivity.samples);
-  const double n =
-      static_cast<double>(std::min(job.config.calibration.microbatch, layout.sequences_per_replica)) *
-      job.length();
+  const double n = static_cast<double>(layout.largest_microbatch) * job.length();
   const double state = n * s.d * s.element_bytes;
   const auto in_flight =
       static_cast<double>(std::min<int64_t>(layout.stages - stage, layout.microbatches_per_replica));

@@ -76,34 +76,45 @@ DiskNeed disk_need(const Job& job) {
   return disk;
 }
 
+/// Proposes the microbatch, and says what other settings would save.
 void advise(const config::RunConfig& config, const model::ModelConfig& model, const Cluster& cluster,
             Plan& plan) {
   const double now_s = plan.total_s();
-  const auto try_out = [&](const std::string& key, int64_t value, auto change) {
+  /// Share of the time that a change saves; 0 where it does not fit.
+  const auto saving = [&](const std::function<void(config::RunConfig&)>& change) {
     config::RunConfig other = config;
     change(other);
     const Job job(other, model, cluster, plan.stages, plan.replicas);
-    const double then_s = total_s(job);
-    if (then_s < (1 - kWorthSaying) * now_s && fits(memory_need(job), cluster))
-      plan.advice.push_back(
-          fmt::format("--set {}={} would save {:.0f} % of the time", key, value, 100 * (1 - then_s / now_s)));
+    return fits(memory_need(job), cluster) ? 1 - total_s(job) / now_s : 0.0;
   };
+  const auto say = [&](const std::string& setting, double share) {
+    if (share >= kWorthSaying)
+      plan.advice.push_back(fmt::format("--set {} would save {:.0f} % of the time", setting, 100 * share));
+  };
+  const config::Calibration& calibration = config.calibration;
+  double most = kWorthSaying;
+  for (int64_t microbatch = 1; microbatch <= calibration.sequences; microbatch *= 2) {
+    const double share = saving([&](config::RunConfig& other) { other.calibration.microbatch = microbatch; });
+    if (share <= most) continue;
+    most = share;
+    plan.proposed_microbatch = microbatch;
+  }
+  if (plan.proposed_microbatch != calibration.microbatch)
+    say(fmt::format("calibration.microbatch={}", plan.proposed_microbatch), most);
+
   const int64_t n_ranks = cluster.n_ranks(),
-                n_shards = std::min(config.calibration.logical_shards, config.calibration.sequences);
+                n_shards = std::min(calibration.logical_shards, calibration.sequences);
   if (n_shards < n_ranks)
     plan.advice.push_back(
         fmt::format("{} logical shards keep only {} of {} ranks busy where sequences are shared", n_shards,
                     n_shards, n_ranks));
-  for (const int64_t shards : {n_ranks, config.calibration.sequences})
-    if (shards > n_shards && shards <= config.calibration.sequences)
-      try_out("calibration.logical_shards", shards,
-              [&](config::RunConfig& c) { c.calibration.logical_shards = shards; });
-  for (const int64_t microbatch : {1, 2, 4, 8})
-    if (microbatch != config.calibration.microbatch)
-      try_out("calibration.microbatch", microbatch,
-              [&](config::RunConfig& c) { c.calibration.microbatch = microbatch; });
+  // Fewer leave ranks idle; more are closed, one H each, on every rank.
+  if (const int64_t shards = std::min(n_ranks, calibration.sequences); shards != n_shards)
+    say(fmt::format("calibration.logical_shards={}", shards),
+        saving([&](config::RunConfig& other) { other.calibration.logical_shards = shards; }));
   if (config.checkpoint.every_blocks == 1)
-    try_out("checkpoint.every_blocks", 8, [](config::RunConfig& c) { c.checkpoint.every_blocks = 8; });
+    say("checkpoint.every_blocks=8",
+        saving([](config::RunConfig& other) { other.checkpoint.every_blocks = 8; }));
 }
 
 [[noreturn]] void refuse(const config::RunConfig& config, const model::ModelConfig& model,
@@ -169,7 +180,8 @@ Plan plan_of(const config::RunConfig& config, const model::ModelConfig& model, c
             .replicas = replicas,
             .computes_bf16 = job.computes_bf16,
             .blocks = job.layout.blocks,
-            .segments = job.layout.segments};
+            .segments = job.layout.segments,
+            .proposed_microbatch = config.calibration.microbatch};
   for (int stage = 0; stage < stages; ++stage) {
     if (job.is_weighted()) plan.measure_memory.push_back(measure_memory(job, stage));
     plan.quantize_memory.push_back(quantize_memory(job, stage));

@@ -17,9 +17,7 @@ double seconds_of(const Job& job, const Work& work) {
 double step_s(const Job& job, int stage, int entry_stage, int64_t first_block) {
   const Layout& layout = job.layout;
   const config::Sensitivity& sensitivity = job.config.sensitivity;
-  const auto microbatch =
-      static_cast<double>(std::min(job.config.calibration.microbatch, layout.sequences_per_replica));
-  const double n = microbatch * job.length();
+  const double n = job.mean_microbatch() * job.length();
   const Range range = layout.blocks[static_cast<size_t>(stage)];
   const auto n_blocks = static_cast<double>(range.end - std::max(range.begin, first_block));
   Work work = n_blocks * (forward_block(job.shapes, n, job.length()) +
@@ -31,8 +29,7 @@ double step_s(const Job& job, int stage, int entry_stage, int64_t first_block) {
 
 /// What a stage sends and receives for one microbatch: the state to the next stage, `samples` gradients back.
 double transfer_s(const Job& job, int stage, int entry_stage) {
-  const double bytes = static_cast<double>(job.config.calibration.microbatch) * job.length() * job.shapes.d *
-                       job.shapes.element_bytes;
+  const double bytes = job.mean_microbatch() * job.length() * job.shapes.d * job.shapes.element_bytes;
   const double states = 1 + static_cast<double>(job.config.sensitivity.samples);
   double total = 0;
   if (stage > entry_stage)

@@ -38,8 +38,8 @@ TEST(Arguments, EveryCommandIsKnown) {
   EXPECT_EQ(std::get<Arguments>(parsed({"inspect", "p", "--top", "3", "--json"})).top, 3);
   EXPECT_EQ(std::get<Arguments>(parsed({"inspect", "p"})).top, 20);
   EXPECT_EQ(std::get<Arguments>(parsed({"version"})).command, Command::version);
-  const auto plan = std::get<Arguments>(parsed({"plan", "c", "--cluster", "k", "--ranks", "32", "--model-config", "m",
-                                                "--json", "f", "--set", "a=1"}));
+  const auto plan = std::get<Arguments>(parsed({"plan", "c", "--cluster", "k", "--ranks", "32",
+                                                "--model-config", "m", "--json", "f", "--set", "a=1"}));
   EXPECT_EQ(plan.command, Command::plan);
   EXPECT_EQ(plan.cluster, "k");
   EXPECT_EQ(plan.n_ranks, 32);
@@ -62,7 +62,8 @@ TEST(Arguments, EvaluateTakesACheckpointOrTheOriginal) {
 }
 
 TEST(Arguments, HelpIsNoError) {
-  for (const char* command : {"run", "measure", "quantize", "evaluate", "plan", "inspect", "check", "version"}) {
+  for (const char* command :
+       {"run", "measure", "quantize", "evaluate", "plan", "inspect", "check", "version"}) {
     const std::string help = usage_of({command, "--help"});
     EXPECT_EQ(help.substr(0, 2), "0 ") << command;
     EXPECT_NE(help.find("Example: "), std::string::npos) << help;

@@ -80,6 +80,13 @@ TEST(Cluster, MistakesNameLineKeyAndWhatWasExpected) {
   EXPECT_NE(problem_of("device: cuda\n").find("memory.device_gib"), std::string::npos);
 }
 
+TEST(Cluster, TheDocumentationHoldsTheKeys) {
+  std::ifstream file(std::string(ISOBATH_SOURCE_ROOT) + "/docs/performance.md");
+  std::ostringstream text;
+  text << file.rdbuf();
+  EXPECT_NE(text.str().find(cluster_keys_markdown()), std::string::npos) << cluster_keys_markdown();
+}
+
 TEST(Cluster, RanksFillNodes) {
   const Cluster node = parse_cluster(shipped("h100-node"), "h100-node");
   const auto shape = [&](int64_t n) {

@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <isobath/data/shards.hpp>
+#include <isobath/pipeline/schedule.hpp>
 #include <isobath/plan/memory.hpp>
 #include <isobath/plan/time.hpp>
 
@@ -24,6 +25,10 @@ TEST(Layout, SharesAreThoseOfTheShardPlan) {
           const Layout layout = Layout::of(calibration, model, stages, replicas);
           EXPECT_EQ(layout.n_shards, plan.n_shards());
           EXPECT_EQ(layout.microbatches_per_replica, std::ssize(plan.microbatches_of(0, replicas)));
+          int64_t largest = 0;
+          for (const data::Microbatch& held : plan.microbatches())
+            largest = std::max(largest, held.sequences.size());
+          EXPECT_EQ(layout.largest_microbatch, largest);
           EXPECT_EQ(layout.sequences_per_replica, plan.sequences_of(0, replicas).size());
           EXPECT_EQ(layout.sequences_per_rank, plan.sequences_of(0, stages * replicas).size());
           EXPECT_EQ(layout.shards_per_rank, plan.shards_of(0, stages * replicas).size());
@@ -43,18 +48,57 @@ TEST(Layout, PipelineDrainsBetweenSegments) {
   EXPECT_EQ(Layout::of(calibration, model, 1, 1).segments, 16);
 }
 
+/// Time until every stage has run its steps in the order of the schedule, each as soon as what it needs is
+/// there.
+double simulated_s(int64_t n_microbatches, int n_stages, double forward_s, double backward_s) {
+  using pipeline::Step;
+  std::map<std::tuple<int, Step::Kind, int64_t>, double> done;
+  std::vector<std::vector<Step>> left;
+  for (int stage = 0; stage < n_stages; ++stage)
+    left.push_back(pipeline::one_forward_one_backward(n_microbatches, stage, n_stages));
+  std::vector<size_t> next(left.size(), 0);
+  std::vector<double> now(left.size(), 0);
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (int stage = 0; stage < n_stages; ++stage) {
+      const auto s = static_cast<size_t>(stage);
+      if (next[s] == left[s].size()) continue;
+      const Step step = left[s][next[s]];
+      const bool is_forward = step.kind == Step::Kind::forward;
+      const int needed = is_forward ? stage - 1 : stage + 1;
+      double ready = 0;
+      if (needed >= 0 && needed < n_stages) {
+        const auto found = done.find({needed, step.kind, step.microbatch});
+        if (found == done.end()) continue;
+        ready = found->second;
+      }
+      now[s] = std::max(now[s], ready) + (is_forward ? forward_s : backward_s);
+      done[{stage, step.kind, step.microbatch}] = now[s];
+      ++next[s];
+      moved = true;
+    }
+  }
+  return *std::max_element(now.begin(), now.end());
+}
+
+TEST(Time, TheScheduleTakesMicrobatchesPlusStagesMinusOne) {
+  for (const int64_t microbatches : {1, 3, 8, 64})
+    for (const int stages : {1, 2, 5, 8})
+      EXPECT_DOUBLE_EQ(simulated_s(microbatches, stages, 1, 3),
+                       static_cast<double>(microbatches + stages - 1) * (1 + 3))
+          << microbatches << " x " << stages;
+}
+
 TEST(Time, MeasureIsMicrobatchesAndBubblesOfTheSlowestStage) {
   const model::ModelConfig model = tiny_model();
-  const config::RunConfig config = tiny_config();
+  config::RunConfig config = tiny_config();
+  config.compute_dtype = "bfloat16";
   Cluster cluster = instant_cluster();
   cluster.ranks_per_node = 2;
   cluster.compute.bf16_tflops = 1e-12;  // one flop a second
-  cluster.compute.f32_tflops = 1e30;    // so that auto would take f32
-  config::RunConfig bf16 = config;
-  bf16.compute_dtype = "bfloat16";
 
   // Stages [0, 2) and [2, 4). A microbatch of 5 tokens: 3 · 2 · 5 · 576 a block; the head 2 · 2 · 5 · 32 · 8.
-  const Job job(bf16, model, cluster, 2, 1);
+  const Job job(config, model, cluster, 2, 1);
   ASSERT_EQ(job.layout.blocks, (std::vector<Range>{{0, 2}, {2, 4}}));
   const double stage_s = 2 * (3 * 2 * 5 * 576) + 2 * (2 * 5 * 32 * 8);
   const StageTime time = measure_time(job);
@@ -69,7 +113,7 @@ TEST(Time, MeasureIsMicrobatchesAndBubblesOfTheSlowestStage) {
   EXPECT_DOUBLE_EQ(measure_time(job, 1).compute_s, 4 * stage_s);
 
   // Two replicas halve the microbatches.
-  EXPECT_DOUBLE_EQ(measure_time(Job(bf16, model, cluster, 1, 2)).compute_s,
+  EXPECT_DOUBLE_EQ(measure_time(Job(config, model, cluster, 1, 2)).compute_s,
                    2 * (4 * (3 * 2 * 5 * 576) + 2 * (2 * 5 * 32 * 8)));
 }
 

@@ -142,6 +142,19 @@ TEST(Plan, MoreMemoryIsNamedWhereNodesDoNotHelp) {
   }
 }
 
+TEST(Plan, ProposesTheMicrobatchThatSavesTime) {
+  const model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  config.quantization.clip_search = false;
+  Cluster cluster = instant_cluster();
+  EXPECT_EQ(make_plan(config, model, cluster).proposed_microbatch, 1);
+  // Where starting operations is all that costs, two sequences at once halve it; a shard holds no more.
+  cluster.compute.operation_us = 1e3;
+  EXPECT_EQ(make_plan(config, model, cluster).proposed_microbatch, 2);
+  config.calibration.microbatch = 2;
+  EXPECT_EQ(make_plan(config, model, cluster).proposed_microbatch, 2);
+}
+
 TEST(Plan, AdvisesLogicalShardsForIdleRanks) {
   config::RunConfig config = large_config();
   config.calibration.logical_shards = 4;

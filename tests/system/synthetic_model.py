@@ -85,6 +85,13 @@ def main():
         plan = json.loads((space / "plan.json").read_text())
         assert plan["stages"] * plan["replicas"] == 2 and plan["seconds"] > 0, plan
 
+        # A description that is not there is known before the run directory is made.
+        missing = f"plan.cluster={space / 'nowhere.yaml'}"
+        for command in ("check", "run"):
+            refused = call(isobath, command, config, "--set", missing, code=2)
+            assert "nowhere.yaml" in refused.stderr, refused.stderr
+        assert not (space / "run").exists()
+
         job = call(isobath, "run", config, "--set", "ranks.stages=2", ranks=2)
         for word in ("predicted s", "measured s", "load", "measure", "quantize", "evaluate"):
             assert word in job.stdout, f"no {word} in the closing summary:\n{job.stdout}"

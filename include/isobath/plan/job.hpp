@@ -13,6 +13,7 @@ struct Layout {
   int stages = 1, replicas = 1;
   std::vector<Range> blocks = {};  ///< of each stage
   int64_t n_shards = 1;            ///< logical shards
+  int64_t largest_microbatch = 1;  ///< sequences; no more than a shard has
   // measure: replicas share the sequences
   int64_t microbatches_per_replica = 1, sequences_per_replica = 1, shards_per_replica = 1;
   int64_t segments = 1;  ///< times the pipeline fills and drains
@@ -39,6 +40,11 @@ struct Job {
   Job(const config::RunConfig& config, const model::ModelConfig& model, const Cluster& cluster, int stages,
       int replicas);
 
+  /// Sequences of a microbatch on average over a replica: a shard's last one may be smaller.
+  [[nodiscard]] double mean_microbatch() const {
+    return static_cast<double>(layout.sequences_per_replica) /
+           static_cast<double>(layout.microbatches_per_replica);
+  }
   [[nodiscard]] double length() const { return static_cast<double>(config.calibration.length); }
   [[nodiscard]] double n_tokens() const {
     return static_cast<double>(config.calibration.sequences) * length();

@@ -27,6 +27,7 @@ struct Plan {
   bool computes_bf16 = true;
   std::vector<Range> blocks = {};  ///< of each stage
   int64_t segments = 1;
+  int64_t proposed_microbatch = 1;  ///< the configuration's, unless another saves 5 % of the run
   /// By stage of the pipeline; empty where the run has no such stage.
   std::vector<RankMemory> measure_memory = {}, quantize_memory = {}, evaluate_memory = {};
   MemoryNeed need = {};
