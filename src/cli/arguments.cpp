@@ -126,6 +126,28 @@ void add_commands(Builder& b) {
       check->add_flag("--keys", a.shows_keys, "Prints all keys with type, default and unit as Markdown.");
   check->add_flag("--schema", a.shows_schema, "Prints the JSON schema of the configuration.")->excludes(keys);
 
+  CLI::App* plan = b.command(
+      Command::plan, "plan",
+      "Predicts memory, time and disk of a run on a cluster, proposes stages x replicas, and refuses what "
+      "cannot fit. Reads config.json only and needs no mpirun. With --calibrate it measures this machine "
+      "instead (under mpirun: with its network).",
+      "isobath plan configs/llama-3.1-70b.yaml --cluster configs/clusters/h100-node.yaml");
+  b.config(plan);
+  plan->add_option("--cluster", a.cluster,
+                   "Cluster description (YAML). Without it, the configuration's plan.cluster.")
+      ->type_name("FILE");
+  plan->add_option("--ranks", a.n_ranks, "Plans for this number of ranks of the cluster's kind.")
+      ->check(CLI::Range(1, 1'000'000));
+  plan->add_option("--model-config", a.model_config,
+                   "config.json (or its directory) to take the shapes from when the model is not here.")
+      ->type_name("FILE");
+  plan->add_option("--json", a.json_output, "Also writes the plan to this file.")->type_name("FILE");
+  auto* calibrate = plan->add_flag("--calibrate", a.calibrates,
+                                   "Measures the rates of this machine and prints a cluster description.");
+  plan->add_option("--output", a.cluster_output, "Writes the cluster description to this file instead.")
+      ->type_name("FILE")
+      ->needs(calibrate);
+
   b.command(Command::version, "version", "Prints the versions of isobath and of what it is built on.",
             "isobath version");
 }
@@ -134,6 +156,8 @@ std::string usage_problem(const Arguments& a) {
   const bool is_reference = a.shows_keys || a.shows_schema;
   if (a.command == Command::check && a.config_path.empty() && !is_reference)
     return "check: CONFIG is required (or --keys, or --schema)";
+  if (a.command == Command::plan && a.config_path.empty() && !a.calibrates)
+    return "plan: CONFIG is required (or --calibrate)";
   if (a.command == Command::evaluate && !a.json_output.empty() && a.checkpoints.empty() && !a.original_only)
     return "evaluate: --json needs --checkpoint or --original-only; a run directory has its own "
            "evaluation.json";

@@ -2,6 +2,7 @@
 
 #include <torch/headeronly/version.h>
 #include <isobath/cli/inspect.hpp>
+#include <isobath/cli/plan.hpp>
 #include <isobath/comm/device_communicator.hpp>
 #include <isobath/comm/watchdog.hpp>
 #include <isobath/config/allocation_file.hpp>
@@ -10,6 +11,7 @@
 #include <isobath/core/version.hpp>
 #include <isobath/io/files.hpp>
 #include <isobath/pipeline/allocate.hpp>
+#include <isobath/pipeline/calibrate.hpp>
 #include <isobath/pipeline/run.hpp>
 #include <isobath/report/table.hpp>
 
@@ -90,6 +92,28 @@ void evaluate(const Arguments& arguments, const comm::Communicator& world) {
                                    arguments.json_output, world);
 }
 
+void plan(const Arguments& arguments, const comm::Communicator& world) {
+  if (arguments.calibrates) {
+    const std::string yaml = pipeline::calibrate(world);
+    return world.agree_on([&] {
+      if (world.rank() != 0) return;
+      if (arguments.cluster_output.empty()) return log::print(yaml);
+      io::write_text_atomically(arguments.cluster_output, yaml);
+      log::info("wrote {}", arguments.cluster_output);
+    });
+  }
+  const config::RunConfig config = load_config(arguments, world);
+  world.agree_on([&] {
+    if (world.rank() != 0) return;
+    const plan::Plan plan = plan_run(
+        config,
+        {.cluster = arguments.cluster, .model_config = arguments.model_config, .n_ranks = arguments.n_ranks});
+    log::print(plan_text(config, plan));
+    if (!arguments.json_output.empty())
+      io::write_text_atomically(arguments.json_output, plan_json(config, plan));
+  });
+}
+
 void inspect(const Arguments& arguments, const comm::Communicator& world) {
   world.agree_on([&] {
     if (world.rank() != 0) return;
@@ -123,6 +147,8 @@ void execute(const Arguments& arguments, const comm::Communicator& world) {
       return pipeline::run(load_config(arguments, world), {Stage::quantize}, arguments.resume, world);
     case Command::evaluate:
       return evaluate(arguments, world);
+    case Command::plan:
+      return plan(arguments, world);
     case Command::inspect:
       return inspect(arguments, world);
     case Command::check:

@@ -379,6 +379,11 @@ void add_closing_keys(Table& t) {
   t.integer(
       "checkpoint.keep", [](auto& c) -> auto& { return c.checkpoint.keep; }, 1, "generations",
       "Saved states kept; with 2 a damaged newest one costs one interval.");
+  t.text(
+      "plan.cluster", [](auto& c) -> auto& { return c.plan.cluster; }, false,
+      "Cluster description (YAML, isobath plan --calibrate writes one) whose predicted times and memory a "
+      "run "
+      "records beside the measured ones; empty records none.");
 }
 
 }  // namespace

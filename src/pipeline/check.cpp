@@ -142,6 +142,9 @@ CheckResult check(const config::RunConfig& config, int n_ranks) {
     if (!path.empty() && !std::filesystem::exists(path))
       result.problems.push_back(
           fmt::format("{}: {} does not exist; tools/python/prepare_tokens.py makes token files", key, path));
+  if (const std::string& path = config.plan.cluster; !path.empty() && !std::filesystem::exists(path))
+    result.problems.push_back(fmt::format(
+        "plan.cluster: {} does not exist; `isobath plan --calibrate --output {}` makes it", path, path));
   return result;
 }
 

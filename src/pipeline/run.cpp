@@ -1,13 +1,12 @@
 #include <isobath/pipeline/run.hpp>
 
-#include <sys/resource.h>
-
 #include <isobath/comm/watchdog.hpp>
 #include <isobath/core/log.hpp>
 #include <isobath/core/timer.hpp>
 #include <isobath/io/files.hpp>
 #include <isobath/pipeline/evaluate.hpp>
 #include <isobath/pipeline/measure.hpp>
+#include <isobath/pipeline/prediction.hpp>
 #include <isobath/pipeline/quantize.hpp>
 #include <isobath/pipeline/validate.hpp>
 #include <isobath/report/progress.hpp>
@@ -18,12 +17,6 @@ namespace isobath::pipeline {
 namespace {
 
 namespace fs = std::filesystem;
-
-int64_t peak_memory_bytes() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  return int64_t{1024} * usage.ru_maxrss;
-}
 
 // What the closing table tells; stages that did not run stay empty.
 struct Closing {
@@ -63,15 +56,15 @@ std::string closing_table(const Session& session, const Closing& closing, const 
                fmt::format("{:.3f}", closing.quantized->bits_per_weight)});
   std::string text = closing.evaluated || closing.quantized ? table.text() : std::string();
   if (closing.quantized)
-    text += fmt::format(
-        "{} bits, group {}, {}, {}{}; {} fallbacks\n", widths_text(*closing.quantized),
-        q.group == 0 ? "channel" : std::to_string(q.group), q.symmetric ? "symmetric" : "asymmetric",
-        q.solver,
-        q.solver == "gptq" ? " with D = " + std::string(q.weighting == "none" ? "1" : "sensitivity") +
-                                 (q.asymmetric.is_on() ? ", correction " + q.asymmetric.correction : "") +
-                                 (q.refinement.sweeps > 0 ? ", refined" : "")
-                           : "",
-        closing.quantized->n_fallbacks);
+    text += fmt::format("{} bits, group {}, {}, {}{}; {} fallbacks\n", widths_text(*closing.quantized),
+                        q.group == 0 ? "channel" : std::to_string(q.group),
+                        q.symmetric ? "symmetric" : "asymmetric", q.solver,
+                        q.solver == "gptq"
+                            ? " with D = " + std::string(q.weighting == "none" ? "1" : "sensitivity") +
+                                  (q.asymmetric.is_on() ? ", correction " + q.asymmetric.correction : "") +
+                                  (q.refinement.sweeps > 0 ? ", refined" : "")
+                            : "",
+                        closing.quantized->n_fallbacks);
   std::string times;
   const auto add_time = [&](const char* stage, double seconds) {
     times +=
@@ -140,6 +133,7 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
     require_allocated(config, *session.source);
   });
   const CalibrationSet calibration = open_calibration(session);
+  Prediction prediction(session);
   const checkpoint::Fingerprint fingerprint = fingerprint_of(session, calibration);
 
   // The first stage makes the run directory; the later ones continue in it.
@@ -160,7 +154,9 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
   if (!creates) refuse_or_note_finished(directory, stages, resume, world);
 
   // W: each rank reads the weights of its own blocks.                                   sharded by stage
+  const Timer loading;
   const StageWeights weights = load_stage(session, *session.source);
+  prediction.record("load", loading.seconds(), events);
   Closing closing;
 
   // §1  D_l, α_l = sensitivity of every linear on the calibration tokens                files, one a block
@@ -178,6 +174,7 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
     closing.measured = measure(
         session, calibration, weights,
         {.title = "measure", .source = {}, .directory = statistics, .with_perturbations = true}, events);
+    prediction.record("measure", closing.measured->wall_s, events);
     directory.mark_complete("measure");
     log::info("measured {} tokens in {}: {:.4f} nats per token", closing.measured->n_tokens,
               report::Progress::format_duration(closing.measured->wall_s), closing.measured->nll_per_token);
@@ -192,6 +189,7 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
     if (!world.any(fs::exists(quantized / "config.json")))
       closing.quantized =
           quantize(session, calibration, weights, statistics, directory, fingerprint, true, events);
+    if (closing.quantized) prediction.record("quantize", closing.quantized->wall_s, events);
     directory.mark_complete("quantize");
   }
 
@@ -199,7 +197,9 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
   if (contains(stages, Stage::evaluate) && !directory.is_complete("evaluate")) {
     require_finished(directory, "quantize", world);
     if (!config.evaluation.tokens.empty()) {
+      const Timer evaluating;
       closing.evaluated = evaluate_model(session, weights, {quantized}, events)[0];
+      prediction.record("evaluate", evaluating.seconds(), events);
       world.agree_on([&] {
         if (world.rank() == 0)
           io::write_text_atomically(directory.path() / "evaluation.json",
@@ -209,7 +209,8 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
     directory.mark_complete("evaluate");
   }
 
-  const std::string table = closing_table(session, closing, directory.path(), timer.seconds(), world);
+  const std::string table =
+      closing_table(session, closing, directory.path(), timer.seconds(), world) + prediction.text();
   log::print(table);
   events.write("finished", {{"seconds", timer.seconds()}, {"summary", table}});
 }

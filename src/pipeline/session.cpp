@@ -164,10 +164,17 @@ StageWeights load_stage(const Session& session, const model::CheckpointReader& c
 
 checkpoint::Fingerprint fingerprint_of(const Session& session, const CalibrationSet& calibration) {
   // Where a result is put, on how many ranks and how often it is saved does not change it.
-  static const std::set<std::string> kIrrelevant{
-      "output",           "ranks.stages",         "ranks.replicas",          "ranks.threads",
-      "ranks.watchdog_s", "ranks.activation_gib", "checkpoint.every_blocks", "checkpoint.keep",
-      "compute_dtype",     "quantization.allocation"};
+  static const std::set<std::string> kIrrelevant{"output",
+                                                 "ranks.stages",
+                                                 "ranks.replicas",
+                                                 "ranks.threads",
+                                                 "ranks.watchdog_s",
+                                                 "ranks.activation_gib",
+                                                 "checkpoint.every_blocks",
+                                                 "checkpoint.keep",
+                                                 "compute_dtype",
+                                                 "quantization.allocation",
+                                                 "plan.cluster"};
   checkpoint::Fingerprint fingerprint;
   for (const auto& [key, value] : session.config.flatten())
     if (!kIrrelevant.contains(key)) fingerprint[key] = value;

@@ -38,6 +38,16 @@ TEST(Arguments, EveryCommandIsKnown) {
   EXPECT_EQ(std::get<Arguments>(parsed({"inspect", "p", "--top", "3", "--json"})).top, 3);
   EXPECT_EQ(std::get<Arguments>(parsed({"inspect", "p"})).top, 20);
   EXPECT_EQ(std::get<Arguments>(parsed({"version"})).command, Command::version);
+  const auto plan = std::get<Arguments>(parsed({"plan", "c", "--cluster", "k", "--ranks", "32",
+                                                "--model-config", "m", "--json", "f", "--set", "a=1"}));
+  EXPECT_EQ(plan.command, Command::plan);
+  EXPECT_EQ(plan.cluster, "k");
+  EXPECT_EQ(plan.n_ranks, 32);
+  EXPECT_EQ(plan.model_config, "m");
+  EXPECT_EQ(plan.json_output, "f");
+  EXPECT_EQ(plan.settings, (std::vector<std::string>{"a=1"}));
+  EXPECT_TRUE(std::get<Arguments>(parsed({"plan", "--calibrate"})).calibrates);
+  EXPECT_EQ(std::get<Arguments>(parsed({"plan", "--calibrate", "--output", "o"})).cluster_output, "o");
 }
 
 TEST(Arguments, EvaluateTakesACheckpointOrTheOriginal) {
@@ -72,7 +82,7 @@ TEST(Arguments, AllocateTakesOneBudgetAndAMethod) {
 
 TEST(Arguments, HelpIsNoError) {
   for (const char* command :
-       {"run", "measure", "allocate", "quantize", "evaluate", "inspect", "check", "version"}) {
+       {"run", "measure", "allocate", "quantize", "evaluate", "plan", "inspect", "check", "version"}) {
     const std::string help = usage_of({command, "--help"});
     EXPECT_EQ(help.substr(0, 2), "0 ") << command;
     EXPECT_NE(help.find("Example: "), std::string::npos) << help;
@@ -90,6 +100,8 @@ TEST(Arguments, MistakesAreUsageErrors) {
   EXPECT_EQ(usage_of({"run", "c", "--sett", "a=1"}).substr(0, 2), "2 ");
   EXPECT_EQ(usage_of({"run", "c", "--set"}).substr(0, 2), "2 ");
   EXPECT_EQ(usage_of({"check"}).substr(0, 2), "2 ");
+  EXPECT_EQ(usage_of({"plan"}).substr(0, 2), "2 ");
+  EXPECT_EQ(usage_of({"plan", "c", "--output", "o"}).substr(0, 2), "2 ");  // only with --calibrate
   EXPECT_EQ(usage_of({"check", "c", "--ranks", "0"}).substr(0, 2), "2 ");
   EXPECT_EQ(usage_of({"inspect", "p", "--top", "x"}).substr(0, 2), "2 ");
   EXPECT_EQ(usage_of({"run", "c", "-v", "-q"}).substr(0, 2), "2 ");

@@ -8,28 +8,32 @@
 
 namespace isobath::cli {
 
-enum class Command { run, measure, allocate, quantize, evaluate, inspect, check, version };
+enum class Command { run, measure, allocate, quantize, evaluate, plan, inspect, check, version };
 
 /// What the command line asks for.
 struct Arguments {
   Command command = Command::version;
   log::Level level = log::Level::info;
-  std::string config_path;            ///< run, measure, allocate, quantize, evaluate, check
-  std::vector<std::string> settings;  ///< "key=value" of each --set
-  bool resume = false;                ///< run, measure, quantize
-  double budget_bits = 0;             ///< allocate: stored bits a weight; 0: budget_bytes
-  int64_t budget_bytes = 0;           ///< allocate
-  std::string method = "quadratic";   ///< allocate
-  std::string allocation_output;      ///< allocate: file to write; empty: in the run directory
+  std::string config_path;               ///< run, measure, allocate, quantize, evaluate, plan, check
+  std::vector<std::string> settings;     ///< "key=value" of each --set
+  bool resume = false;                   ///< run, measure, quantize
+  double budget_bits = 0;                ///< allocate: stored bits a weight; 0: budget_bytes
+  int64_t budget_bytes = 0;              ///< allocate
+  std::string method = "quadratic";      ///< allocate
+  std::string allocation_output;         ///< allocate: file to write; empty: in the run directory
   std::vector<std::string> checkpoints;  ///< evaluate: quantized checkpoints instead of the run directory's
-  bool original_only = false;         ///< evaluate
-  std::string json_output;            ///< evaluate: file to write
-  std::string statistics;             ///< inspect: file or directory
-  int64_t top = 20;                   ///< inspect: rows of the table
-  bool as_json = false;               ///< inspect
-  int n_ranks = 0;                    ///< check; 0: as many as run now
-  bool shows_keys = false;            ///< check: prints the reference of all keys and ends
-  bool shows_schema = false;          ///< check: prints the JSON schema and ends
+  bool original_only = false;            ///< evaluate
+  std::string json_output;               ///< evaluate, plan: file to write
+  std::string cluster;                   ///< plan: cluster description
+  std::string model_config;              ///< plan: config.json or its directory instead of the model's
+  bool calibrates = false;               ///< plan: measures this machine instead
+  std::string cluster_output;            ///< plan --calibrate: file to write
+  std::string statistics;                ///< inspect: file or directory
+  int64_t top = 20;                      ///< inspect: rows of the table
+  bool as_json = false;                  ///< inspect
+  int n_ranks = 0;                       ///< check; 0: as many as run now. plan; 0: all of the cluster
+  bool shows_keys = false;               ///< check: prints the reference of all keys and ends
+  bool shows_schema = false;             ///< check: prints the JSON schema and ends
 };
 
 /// Text to print instead of a command: help (ok) or a usage error (config).

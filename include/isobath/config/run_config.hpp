@@ -80,6 +80,9 @@ struct Evaluation {
 struct Checkpoint {
   int64_t every_blocks = 1, keep = 2;
 };
+struct Planning {
+  std::string cluster;  ///< cluster description to compare the run's cost with; empty: none
+};
 
 /// One run, parsed, complete and immutable.
 struct RunConfig {
@@ -93,6 +96,7 @@ struct RunConfig {
   Quantization quantization;
   Evaluation evaluation;
   Checkpoint checkpoint;
+  Planning plan;
 
   /// Every key in order with its value as text, for fingerprints, provenance and `check`.
   [[nodiscard]] std::vector<std::pair<std::string, std::string>> flatten() const;

@@ -1,0 +1,73 @@
+#pragma once
+#include <isobath/config/run_config.hpp>
+#include <isobath/core/partition.hpp>
+#include <isobath/model/model_config.hpp>
+#include <isobath/plan/cluster.hpp>
+#include <isobath/plan/work.hpp>
+#include <vector>
+
+namespace isobath::plan {
+
+/// Who does what on a grid of stages x replicas: the largest share of each kind, which the others wait for.
+struct Layout {
+  int stages = 1, replicas = 1;
+  std::vector<Range> blocks = {};  ///< of each stage
+  int64_t n_shards = 1;            ///< logical shards
+  int64_t largest_microbatch = 1;  ///< sequences; no more than a shard has
+  // measure: replicas share the sequences
+  int64_t microbatches_per_replica = 1, sequences_per_replica = 1, shards_per_replica = 1;
+  int64_t segments = 1;  ///< times the pipeline fills and drains
+  // quantize: all ranks share the sequences
+  int64_t sequences_per_rank = 1, shards_per_rank = 1;
+
+  [[nodiscard]] int64_t n_ranks() const { return int64_t{stages} * replicas; }
+  [[nodiscard]] int stage_of(int64_t block) const;
+
+  /// Throws ConfigError when the model has fewer blocks than stages.
+  static Layout of(const config::Calibration& calibration, const model::ModelConfig& model, int stages,
+                   int replicas);
+};
+
+/// A run on a cluster: what memory and time are functions of. References outlive it.
+struct Job {
+  const config::RunConfig& config;
+  const model::ModelConfig& model;
+  const Cluster& cluster;
+  Layout layout;
+  bool computes_bf16;
+  Shapes shapes;
+
+  Job(const config::RunConfig& config, const model::ModelConfig& model, const Cluster& cluster, int stages,
+      int replicas);
+
+  /// Sequences of a microbatch on average over a replica: a shard's last one may be smaller.
+  [[nodiscard]] double mean_microbatch() const {
+    return static_cast<double>(layout.sequences_per_replica) /
+           static_cast<double>(layout.microbatches_per_replica);
+  }
+  [[nodiscard]] double length() const { return static_cast<double>(config.calibration.length); }
+  [[nodiscard]] double n_tokens() const {
+    return static_cast<double>(config.calibration.sequences) * length();
+  }
+  [[nodiscard]] bool uses_covariance() const { return config.quantization.solver != "round_to_nearest"; }
+  [[nodiscard]] bool is_weighted() const {
+    return uses_covariance() && config.quantization.weighting == "sensitivity";
+  }
+  /// D of one block, all sequences.
+  [[nodiscard]] double token_weight_bytes() const;
+  /// Covariances solved together for an input set (BlockSolver::make_units): one for each module and row
+  /// group, or one for all with D = 1.
+  [[nodiscard]] int64_t units_of(int set) const;
+  /// Bytes of a block in the quantized checkpoint.
+  [[nodiscard]] double quantized_block_bytes(int64_t block) const;
+  /// Bytes of a checkpoint in its own dtype: one block, and what stands outside the blocks.
+  [[nodiscard]] double stored_block_bytes() const;
+  [[nodiscard]] double stored_end_bytes() const;
+  [[nodiscard]] int64_t nodes() const;
+};
+
+/// auto takes the checkpoint's bf16 where the cluster is faster in it (pipeline/session.cpp).
+[[nodiscard]] bool computes_bf16(const config::RunConfig& config, const model::ModelConfig& model,
+                                 const Cluster& cluster);
+
+}  // namespace isobath::plan

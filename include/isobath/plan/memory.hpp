@@ -1,0 +1,47 @@
+#pragma once
+#include <isobath/plan/job.hpp>
+#include <string>
+#include <vector>
+
+namespace isobath::plan {
+
+/// Bytes that one rank holds at the peak of a stage of the run, by what they are for.
+struct RankMemory {
+  struct Item {
+    std::string name;
+    double device_bytes = 0;  ///< with device: cpu these stand on the host too
+    double host_bytes = 0;
+  };
+  std::vector<Item> items;
+  double one_rank_bytes = 0;  ///< host, on one rank of the job at a time: the one that factorizes
+
+  [[nodiscard]] double device_bytes() const;
+  [[nodiscard]] double host_bytes() const;
+};
+
+/// Of the rank at pipeline stage `stage`. The largest replica is meant.
+///
+/// measure   weights; one input for each block and microbatch in flight (1F1B: stages − stage); the graph of
+///           one block's backward, or the logits of one chunk; D of its blocks; two messages a direction
+/// quantize  weights; the block in work and its codes; hidden states of its share of the sequences; H of the
+///           modules of one input set in panels and partial sums; their factors
+/// evaluate  the blocks of both models; two hidden states; the logits of one chunk
+[[nodiscard]] RankMemory measure_memory(const Job& job, int stage);
+[[nodiscard]] RankMemory quantize_memory(const Job& job, int stage);
+[[nodiscard]] RankMemory evaluate_memory(const Job& job, int stage);
+
+/// The most that any stage of the run asks of one device and of one node.
+struct MemoryNeed {
+  double device_bytes = 0;
+  double node_bytes = 0;  ///< ranks_per_node times the largest rank, and the factorizing rank's extra
+  std::string device_stage, node_stage;
+};
+[[nodiscard]] MemoryNeed memory_need(const Job& job);
+
+/// What of a memory may be planned with; the rest is for fragmentation, page cache and the system.
+inline constexpr double kUsableShare = 0.9;
+
+/// Whether the need is at most kUsableShare of what the cluster has.
+[[nodiscard]] bool fits(const MemoryNeed& need, const Cluster& cluster);
+
+}  // namespace isobath::plan

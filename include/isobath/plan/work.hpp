@@ -1,0 +1,85 @@
+#pragma once
+#include <isobath/config/run_config.hpp>
+#include <isobath/model/model_config.hpp>
+#include <isobath/plan/cluster.hpp>
+
+namespace isobath::plan {
+
+/// What a rank has to do, sorted by what limits its speed. Counts of shapes; no time in them.
+struct Work {
+  // On the compute device.
+  double gemm_flops = 0;       ///< matrix products in the compute dtype, 2 a multiply-add
+  double f32_flops = 0;        ///< matrix products in f32
+  double attention_flops = 0;  ///< over causal pairs only
+  double traffic_bytes = 0;    ///< read + written by elementwise operations
+  double n_operations = 0;     ///< operations started
+  double host_link_bytes = 0;  ///< device to host or back; free without devices
+  // On the host.
+  double f64_factor_flops = 0;
+  double f64_gemm_flops = 0;
+  double thin_flops = 0;    ///< f32 products with 64 columns
+  double column_flops = 0;  ///< of the column loop, on one thread
+  double candidates = 0;    ///< (weight, candidate grid) pairs, on one thread
+  double packed_codes = 0;  ///< on one thread
+  double host_traffic_bytes = 0;
+
+  Work& operator+=(const Work& other);
+  friend Work operator+(Work a, const Work& b) { return a += b; }
+  friend Work operator*(double factor, const Work& work);
+};
+
+/// Seconds for `work` on one rank of `cluster`: the sum over its parts, since the code does them one after
+/// the other.
+[[nodiscard]] double seconds(const Work& work, const Cluster& cluster, bool computes_bf16);
+
+/// Sizes that all counts start from.
+struct Shapes {
+  const model::ModelConfig* model;
+  double element_bytes;  ///< of the compute dtype: 2 (bf16) or 4 (f32)
+  double d, f, d_query, d_key, vocabulary, n_blocks;
+  double block_linears;  ///< weights of the seven linears of a block
+
+  static Shapes of(const model::ModelConfig& model, bool computes_bf16);
+  [[nodiscard]] double block_weight_bytes() const;  ///< in the compute dtype, norms included
+  [[nodiscard]] double end_weight_bytes() const;    ///< embedding, or lm_head and the final norm
+};
+
+/// y = block(x): 2 n P for the linears, 2 n T d_query for attention over causal pairs.
+[[nodiscard]] Work forward_block(const Shapes& shapes, double n_tokens, double length);
+
+/// The backward of one block for `samples` gradients: its forward again, then 2 n P (∂L/∂x only: weights are
+/// frozen) and 2.5 times the attention (five products where the forward has two), with what BlockObserver
+/// records at each linear.
+[[nodiscard]] Work backward_block(const Shapes& shapes, double n_tokens, double length,
+                                  const config::Sensitivity& sensitivity);
+
+/// model::loss_and_gradient of `n_tokens`: logits once, (p − y) W once a sample, and the passes over [n,
+/// vocab].
+[[nodiscard]] Work head_loss(const Shapes& shapes, double n_tokens, double samples);
+
+/// evaluate::compare of `n_tokens` for one or two models.
+[[nodiscard]] Work head_compare(const Shapes& shapes, double n_tokens, int n_models);
+
+/// sensitivity::Covariance::add of n rows with d channels: n d (d + panel) f32 flops (upper triangle in
+/// panels).
+[[nodiscard]] Work covariance_add(const Shapes& shapes, double n_rows, double d);
+/// Covariance::value and its way to the host, once a logical shard.
+[[nodiscard]] Work covariance_close(double d);
+
+/// quant::factorize: d³/3 for the Cholesky factor, d³ for the triangular solve against the identity.
+[[nodiscard]] Work factorize(double d);
+
+/// quant::gptq of `n_rows` rows (whole tiles of 64): n d² thin, 128 n d in the column loop, the clip search.
+[[nodiscard]] Work solve_rows(double n_rows, double d, const config::Quantization& quantization);
+
+/// BlockSolver::score on the factorizing rank: round-to-nearest of all rows on all threads, and two
+/// objectives, each 2 n d² f64 flops.
+[[nodiscard]] Work score(double n_rows, double d, const config::Quantization& quantization, double threads);
+
+/// Candidate grids that the clip search tries for one group (quant/candidates.hpp), refinements included.
+[[nodiscard]] double candidate_grids(int bits, bool symmetric, bool clip_search);
+
+/// Columns of Covariance's panels for d channels.
+[[nodiscard]] double panel_width(double d);
+
+}  // namespace isobath::plan

@@ -1,0 +1,252 @@
+#include <isobath/pipeline/calibrate.hpp>
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <fstream>
+#include <isobath/core/log.hpp>
+#include <isobath/core/timer.hpp>
+#include <isobath/formats/packing.hpp>
+#include <isobath/io/files.hpp>
+#include <isobath/model/block.hpp>
+#include <isobath/plan/cluster.hpp>
+#include <isobath/plan/work.hpp>
+#include <isobath/quant/factor.hpp>
+#include <isobath/quant/solver.hpp>
+#include <thread>
+
+namespace isobath::pipeline {
+namespace {
+
+namespace fs = std::filesystem;
+
+// Long enough to average over the scheduler, short enough that all of them take under a minute.
+constexpr double kSecondsEach = 1.0;
+constexpr double kGiB = 1024.0 * 1024.0 * 1024.0;
+
+// Sizes of a small model's pass: products far above cache size, and a second or less each on a slow core.
+constexpr int64_t kTokens = 1024, kWide = 2048, kChannels = 1024, kHeads = 16, kHeadDim = 64, kKeyHeads = 4;
+constexpr int64_t kMessageBytes = int64_t{16} << 20, kFileBytes = int64_t{128} << 20;
+
+class Calibration {
+ public:
+  explicit Calibration(const comm::Communicator& world) : world_(world), node_(world.node()) {
+    cluster_.ranks_per_node = node_.size();
+    cluster_.nodes = std::max(1, world.size() / node_.size());
+    cluster_.device = "cpu";
+    cluster_.name = world.host();
+    cluster_.host.threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()) / node_.size());
+    at::set_num_threads(static_cast<int>(cluster_.host.threads));
+    cluster_.memory.node_gib =
+        static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGE_SIZE)) / kGiB;
+  }
+
+  plan::Cluster measure() {
+    const at::NoGradGuard no_grad;
+    products();
+    elementwise();
+    solver();
+    packing();
+    network();
+    world_.agree_on([&] { write_file(); });
+    filesystem();
+    return cluster_;
+  }
+
+ private:
+  /// Seconds of one call: the median of many, so that a pause by something else does not count; of the
+  /// slowest rank, while all ranks work at once as in a run.
+  template <class Action>
+  double seconds_of(const Action& action) {
+    action();
+    world_.barrier();
+    std::vector<double> calls;
+    const Timer timer;
+    do {
+      const Timer call;
+      action();
+      calls.push_back(call.seconds());
+    } while (timer.seconds() < kSecondsEach);
+    std::sort(calls.begin(), calls.end());
+    log::debug("  {} calls: fastest {:.3g} s, median {:.3g} s, slowest {:.3g} s", calls.size(), calls.front(),
+               calls[calls.size() / 2], calls.back());
+    return world_.all_reduce(calls[calls.size() / 2], comm::Reduce::max);
+  }
+
+  void products() {
+    const at::Tensor x = at::randn({kTokens, kWide}), w = at::randn({kWide, kWide});
+    const double flops = 2.0 * kTokens * kWide * kWide;
+    const at::Tensor x_bf16 = x.to(at::kBFloat16), w_bf16 = w.to(at::kBFloat16);
+    cluster_.compute.bf16_tflops = flops / seconds_of([&] { (void)at::linear(x_bf16, w_bf16); }) / 1e12;
+    // A panel of the covariance, the f32 product of the quantize pass.
+    at::Tensor panel = at::zeros({kWide, 256});
+    const at::Tensor columns = x.slice(1, 0, 256);
+    cluster_.compute.f32_tflops =
+        2.0 * kTokens * kWide * 256 / seconds_of([&] { panel.addmm_(x.t(), columns); }) / 1e12;
+    const at::Tensor q = at::randn({1, kHeads, kTokens, kHeadDim}).to(at::kBFloat16);
+    const at::Tensor k = at::randn({1, kKeyHeads, kTokens, kHeadDim}).to(at::kBFloat16);
+    // 4 T² d_query for both products, half of it above the diagonal.
+    const double attention = 2.0 * kTokens * kTokens * kHeads * kHeadDim;
+    cluster_.compute.attention_tflops =
+        attention / seconds_of([&] {
+          (void)at::scaled_dot_product_attention(q, k, k, std::nullopt, 0.0, true, std::nullopt, true);
+        }) /
+        1e12;
+    cluster_.host.f64_gemm_tflops = [&] {
+      const at::Tensor a = at::randn({kChannels, kChannels}, at::kDouble);
+      return 2.0 * kChannels * kChannels * kChannels / seconds_of([&] { (void)at::mm(a, a); }) / 1e12;
+    }();
+    const at::Tensor upper = at::randn({128, 4096}), errors = at::randn({128, 64});
+    at::Tensor tile = at::zeros({4096, 64});
+    cluster_.host.f32_thin_tflops =
+        2.0 * 4096 * 128 * 64 / seconds_of([&] { tile.addmm_(upper.t(), errors, 1, -1); }) / 1e12;
+  }
+
+  void elementwise() {
+    const at::Tensor x = at::randn({kTokens, kWide}).to(at::kBFloat16),
+                     weight = at::ones({kWide}, at::kBFloat16);
+    // Bytes as plan/work.cpp counts them for bf16: a norm 32 and a gate 10 a channel.
+    cluster_.compute.memory_gbs = (32.0 + 10.0) * kTokens * kWide / seconds_of([&] {
+                                    (void)model::rms_norm(x, weight, 1e-5);
+                                    (void)model::gated(x, x);
+                                  }) /
+                                  1e9;
+    const at::Tensor one = at::ones({1});
+    cluster_.compute.operation_us = 1e6 * seconds_of([&] { (void)at::add(one, one); });
+    const at::Tensor large = at::ones({int64_t{16} << 20});
+    cluster_.host.memory_gbs =
+        12.0 * static_cast<double>(large.numel()) / seconds_of([&] { (void)at::add(large, large); }) / 1e9;
+  }
+
+  void solver() {
+    const at::Tensor rows = at::randn({2 * kChannels, kChannels});
+    const at::Tensor h = at::mm(rows.t(), rows);
+    const double d = kChannels;
+    cluster_.host.f64_factor_tflops =
+        plan::factorize(d).f64_factor_flops / seconds_of([&] { (void)quant::factorize(h, {}); }) / 1e12;
+    // One block of columns without clip search: the column loop alone.
+    const quant::Factor factor = quant::factorize(h.slice(0, 0, 128).slice(1, 0, 128).contiguous(), {});
+    const at::Tensor w = at::randn({quant::kRowTile, 128}) / 30;
+    const quant::GridSpec plain{.bits = 3, .group = 64, .clip_search = false};
+    cluster_.host.column_gflops = static_cast<double>(quant::kRowTile) * 128 * 128 /
+                                  seconds_of([&] { (void)quant::gptq(w, factor, plain); }) / 1e9;
+    const at::Tensor groups = at::randn({512, 64}) / 30, importance = at::rand({64}) + 0.1;
+    const quant::GridSpec searched{.bits = 3, .group = 64};
+    cluster_.host.candidate_gps = static_cast<double>(groups.numel()) * plan::candidate_grids(3, true, true) /
+                                  seconds_of([&] { (void)quant::fit_grid(groups, importance, searched); }) /
+                                  1e9;
+  }
+
+  void packing() {
+    const at::Tensor codes = at::randint(-4, 4, {256, 4096}, at::kChar);
+    const at::Tensor words = formats::pack_rows(codes, 3);
+    cluster_.host.pack_gps = 2.0 * static_cast<double>(codes.numel()) / seconds_of([&] {
+                               (void)formats::pack_rows(codes, 3);
+                               (void)formats::unpack_rows(words, 3, 4096);
+                             }) /
+                             1e9;
+  }
+
+  /// Seconds of one step in which each rank sends to `distance` ranks further and receives from as far back.
+  double ring_s(const comm::Communicator& group, int distance, const at::Tensor& out, at::Tensor& in) {
+    const int n = group.size();
+    const int to = (group.rank() + distance) % n, from = (group.rank() + n - distance % n) % n;
+    // A fixed number of rounds: ranks that stop at their own clock would leave others waiting.
+    const int rounds = out.nbytes() < 1024 ? 1000 : 16;
+    const auto step = [&] {
+      auto arriving = group.receive_async(in, from, 0);
+      auto leaving = group.send_async(out, to, 0);
+      leaving.wait();
+      arriving.wait();
+    };
+    step();
+    group.barrier();
+    const Timer timer;
+    for (int round = 0; round < rounds; ++round) step();
+    return world_.all_reduce(timer.seconds() / rounds, comm::Reduce::max);
+  }
+
+  void network() {
+    at::Tensor in = at::empty({kMessageBytes}, at::kByte), small_in = at::empty({1}, at::kByte);
+    const at::Tensor out = at::zeros({kMessageBytes}, at::kByte), small = at::zeros({1}, at::kByte);
+    plan::Cluster::Network& network = cluster_.network;
+    // Alone, nothing is sent; a copy in memory stands for it.
+    network.within_node_gbs = cluster_.host.memory_gbs / 2;
+    network.latency_us = cluster_.compute.operation_us;
+    if (cluster_.ranks_per_node > 1)
+      network.within_node_gbs = static_cast<double>(kMessageBytes) / ring_s(node_, 1, out, in) / 1e9;
+    network.between_nodes_gbs = network.within_node_gbs;
+    if (cluster_.nodes > 1)
+      network.between_nodes_gbs = static_cast<double>(kMessageBytes) /
+                                  ring_s(world_, static_cast<int>(cluster_.ranks_per_node), out, in) / 1e9;
+    if (world_.size() > 1) network.latency_us = 1e6 * ring_s(world_, 1, small, small_in);
+  }
+
+  [[nodiscard]] fs::path scratch() const {
+    return fs::current_path() / fmt::format("isobath-calibrate-{}.tmp", world_.rank());
+  }
+
+  void write_file() {
+    std::ofstream file(scratch(), std::ios::binary);
+    const std::vector<char> piece(size_t{1} << 20);
+    for (int64_t written = 0; written < kFileBytes; written += static_cast<int64_t>(piece.size()))
+      file.write(piece.data(), static_cast<std::streamsize>(piece.size()));
+    file.flush();
+    if (!file)
+      fail<IoError>("{} cannot be written; calibrate in a directory with {} MiB free for each rank",
+                    scratch().string(), kFileBytes >> 20);
+  }
+
+  void filesystem() {
+    world_.barrier();
+    const double all_bytes = static_cast<double>(kFileBytes) * world_.size();
+    const Timer writing;
+    world_.agree_on([&] {
+      write_file();
+      io::sync_file(scratch());
+    });
+    const double write_s = world_.all_reduce(writing.seconds(), comm::Reduce::max);
+    // What the page cache holds is not read from the disk.
+    const int descriptor = ::open(scratch().c_str(), O_RDONLY | O_CLOEXEC);
+    if (descriptor >= 0) {
+      (void)::posix_fadvise(descriptor, 0, 0, POSIX_FADV_DONTNEED);
+      ::close(descriptor);
+    }
+    world_.barrier();
+    const Timer reading;
+    world_.agree_on([&] { (void)io::read_text(scratch(), 2 * kFileBytes); });
+    const double read_s = world_.all_reduce(reading.seconds(), comm::Reduce::max);
+    std::error_code ignored;
+    fs::remove(scratch(), ignored);
+    plan::Cluster::Filesystem& f = cluster_.filesystem;
+    f.write_gbs = all_bytes / write_s / 1e9;
+    f.read_gbs = all_bytes / read_s / 1e9;
+    f.node_write_gbs = f.write_gbs / static_cast<double>(cluster_.nodes);
+    f.node_read_gbs = f.read_gbs / static_cast<double>(cluster_.nodes);
+  }
+
+  const comm::Communicator& world_;
+  comm::Communicator node_;
+  plan::Cluster cluster_;
+};
+
+}  // namespace
+
+std::string calibrate(const comm::Communicator& world) {
+  const Timer timer;
+  const plan::Cluster cluster = Calibration(world).measure();
+  log::info("calibrated {} rank{} in {:.0f} s", world.size(), world.size() == 1 ? "" : "s", timer.seconds());
+  return plan::cluster_yaml(
+      cluster,
+      fmt::format("Measured by `isobath plan --calibrate` on {} rank{} of {} node{} at once, host memory "
+                  "only.{}",
+                  world.size(), world.size() == 1 ? "" : "s", cluster.nodes, cluster.nodes == 1 ? "" : "s",
+                  world.size() == 1    ? " One rank: the network's rates are those of a copy in memory."
+                  : cluster.nodes == 1 ? " One node: between_nodes is what was measured within it."
+                                       : ""));
+}
+
+}  // namespace isobath::pipeline

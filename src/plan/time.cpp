@@ -1,0 +1,309 @@
+#include <isobath/plan/time.hpp>
+
+#include "network.hpp"
+
+namespace isobath::plan {
+namespace {
+
+// Passes over a weight when its codes become values again (quant::dequantize: codes 1+4, zero 8, scale 8, to
+// storage 4+2) and are copied into the whole matrix (2), checked by digest (1) and shared (2).
+constexpr double kCodeTraffic = 32;
+
+double seconds_of(const Job& job, const Work& work) {
+  return seconds(work, job.cluster, job.computes_bf16);
+}
+
+/// Forward and backward of one microbatch on one stage, without transfers.
+double step_s(const Job& job, int stage, int entry_stage, int64_t first_block) {
+  const Layout& layout = job.layout;
+  const config::Sensitivity& sensitivity = job.config.sensitivity;
+  const double n = job.mean_microbatch() * job.length();
+  const Range range = layout.blocks[static_cast<size_t>(stage)];
+  const auto n_blocks = static_cast<double>(range.end - std::max(range.begin, first_block));
+  Work work = n_blocks * (forward_block(job.shapes, n, job.length()) +
+                          backward_block(job.shapes, n, job.length(), sensitivity));
+  if (stage == entry_stage) work.traffic_bytes += 2 * n * job.shapes.d * job.shapes.element_bytes;
+  if (stage + 1 == layout.stages) work += head_loss(job.shapes, n, static_cast<double>(sensitivity.samples));
+  return seconds_of(job, work);
+}
+
+/// What a stage sends and receives for one microbatch: the state to the next stage, `samples` gradients back.
+double transfer_s(const Job& job, int stage, int entry_stage) {
+  const double bytes = job.mean_microbatch() * job.length() * job.shapes.d * job.shapes.element_bytes;
+  const double states = 1 + static_cast<double>(job.config.sensitivity.samples);
+  double total = 0;
+  if (stage > entry_stage)
+    total += states * message_s(job.cluster, Buffers::device, pipeline_crosses_nodes(job, stage - 1), bytes);
+  if (stage + 1 < job.layout.stages)
+    total += states * message_s(job.cluster, Buffers::device, pipeline_crosses_nodes(job, stage), bytes);
+  return total;
+}
+
+/// The steps of a block in the quantize pass.
+class BlockTime {
+ public:
+  explicit BlockTime(const Job& job) : job_(job) {}
+
+  /// Seconds of one block by step, in the order of quantize_block.
+  std::vector<std::pair<std::string, double>> steps(StageTime& stage) {
+    share_weights();
+    for (int set = 0; set < model::kInputSets; ++set) {
+      forward(set);
+      if (job_.uses_covariance()) {
+        accumulate(set);
+        factorize_all(set);
+      }
+      rows(set);
+    }
+    finish();
+    stage.compute_s += covariance_ + factor_ + rows_ + objective_ + forward_ + pack_;
+    stage.communication_s += weights_ + reduction_ + factor_out_ + codes_;
+    stage.disk_s += disk_;
+    return {{"weights to all ranks", weights_},
+            {"forward", forward_},
+            {"covariance", covariance_},
+            {"reduction of H", reduction_},
+            {"factorization (one rank)", factor_},
+            {"factor to all ranks", factor_out_},
+            {"codes of the rows", rows_},
+            {"codes to all ranks", codes_},
+            {"objective (one rank)", objective_},
+            {"packing (one rank)", pack_},
+            {"token weights and block to disk", disk_}};
+  }
+
+ private:
+  [[nodiscard]] double time(const Work& work) const { return seconds_of(job_, work); }
+  [[nodiscard]] double local_tokens() const {
+    return static_cast<double>(job_.layout.sequences_per_rank) * job_.length();
+  }
+
+  void share_weights() {
+    weights_ = broadcast_s(job_, Buffers::device, job_.shapes.block_weight_bytes());
+    if (job_.is_weighted()) disk_ += read_s(job_.cluster, job_.token_weight_bytes() * nodes(), job_.nodes());
+  }
+
+  // A fourth of the norms, rotations and sums for each set; the linears and attention where they are.
+  void forward(int set) {
+    if (!job_.uses_covariance()) return;
+    Work all = forward_block(job_.shapes, local_tokens(), job_.length());
+    Work work{.traffic_bytes = all.traffic_bytes / model::kInputSets,
+              .n_operations =
+                  all.n_operations / model::kInputSets * static_cast<double>(job_.layout.sequences_per_rank)};
+    for (const model::Projection p : model::input_set(set)) {
+      const auto shape = model::module_shape(job_.model, p);
+      work.gemm_flops +=
+          2 * local_tokens() * static_cast<double>(shape.rows) * static_cast<double>(shape.columns);
+    }
+    if (set == 0) work.attention_flops = all.attention_flops;
+    forward_ += time(work);
+  }
+
+  void accumulate(int set) {
+    const double d = channels(set);
+    const auto units = static_cast<double>(job_.units_of(set));
+    const auto n_local_shards = static_cast<double>(job_.layout.shards_per_rank);
+    Work work = covariance_add(job_.shapes, local_tokens(), d) + n_local_shards * covariance_close(d);
+    work.host_traffic_bytes += (n_local_shards - 1) * 12 * d * d;  // TreeSum::add on this rank
+    covariance_ += units * time(work);
+    for (int64_t unit = 0; unit < job_.units_of(set); ++unit)
+      reduction_ += tree_sum_s(job_, 4 * d * d, unit % job_.layout.n_ranks() != 0);
+  }
+
+  // Each unit's root factorizes while the others wait for its broadcast: units follow one another.
+  void factorize_all(int set) {
+    const double d = channels(set);
+    const auto units = static_cast<double>(job_.units_of(set));
+    factor_ += units * time(factorize(d));
+    factor_out_ += units * broadcast_s(job_, Buffers::host, 4 * d * d + 13 * d);
+  }
+
+  void rows(int set) {
+    const double d = channels(set);
+    const config::Quantization& q = job_.config.quantization;
+    const double ranks = job_.uses_covariance() ? static_cast<double>(job_.layout.n_ranks()) : 1;
+    for (const model::Projection p : model::input_set(set)) {
+      const auto shape = model::module_shape(job_.model, p);
+      const auto n_rows = static_cast<double>(shape.rows);
+      const double n_tiles = std::ceil(n_rows / 64);
+      const double mine = std::min(n_rows, 64 * std::ceil(n_tiles / ranks));
+      const double element = job_.shapes.element_bytes;
+      if (job_.uses_covariance()) {
+        rows_ += time(solve_rows(mine, d, q) + Work{.host_link_bytes = element * mine * d});
+        codes_ += all_reduce_s(job_, n_rows * d * (1 + (element + 1) / group_columns(d)));
+        objective_ += time(score(n_rows, d, q, job_.cluster.host.threads) +
+                           Work{.host_link_bytes = element * n_rows * d});
+      } else {
+        const Work all = score(n_rows, d, q, job_.cluster.host.threads);
+        rows_ += time({.candidates = all.candidates});
+        objective_ += time(
+            {.f64_gemm_flops = all.f64_gemm_flops / 2, .host_traffic_bytes = all.host_traffic_bytes / 2});
+      }
+      rows_ +=
+          time({.host_link_bytes = element * n_rows * d, .host_traffic_bytes = kCodeTraffic * n_rows * d});
+    }
+  }
+
+  void finish() {
+    pack_ += time({.packed_codes = job_.shapes.block_linears});
+    // Written by one rank, read back for the digest of its record.
+    const double bytes = job_.quantized_block_bytes(0);
+    disk_ += write_s(job_.cluster, bytes, 1) + read_s(job_.cluster, bytes, 1);
+  }
+
+  [[nodiscard]] double channels(int set) const {
+    return static_cast<double>(module_columns(model::input_set(set).front()));
+  }
+  [[nodiscard]] int64_t module_columns(model::Projection p) const {
+    return model::module_shape(job_.model, p).columns;
+  }
+  [[nodiscard]] double group_columns(double d) const {
+    return job_.config.quantization.group == 0 ? d : static_cast<double>(job_.config.quantization.group);
+  }
+  [[nodiscard]] double nodes() const { return static_cast<double>(job_.nodes()); }
+
+  const Job& job_;
+  double weights_ = 0, forward_ = 0, covariance_ = 0, reduction_ = 0, factor_ = 0, factor_out_ = 0, rows_ = 0,
+         codes_ = 0, objective_ = 0, pack_ = 0, disk_ = 0;
+};
+
+double hidden_bytes(const Job& job) {
+  return job.n_tokens() * job.shapes.d * job.shapes.element_bytes;
+}
+
+/// Hidden states of the quantized prefix to the stage that enters, then a pass over the blocks from there on.
+StageTime reestimate_time(const Job& job, int64_t block) {
+  StageTime time = measure_time(job, block);
+  const double share = static_cast<double>(job.layout.sequences_per_replica) /
+                       static_cast<double>(job.config.calibration.sequences);
+  if (job.layout.n_ranks() > 1)
+    time.communication_s += message_s(job.cluster, Buffers::host, job.nodes() > 1, share * hidden_bytes(job));
+  return time;
+}
+
+void add(StageTime& total, const StageTime& part, double times) {
+  total.compute_s += times * part.compute_s;
+  total.idle_s += times * part.idle_s;
+  total.communication_s += times * part.communication_s;
+  total.disk_s += times * part.disk_s;
+}
+
+}  // namespace
+
+StageTime load_time(const Job& job) {
+  const double bytes = job.stored_block_bytes() * job.shapes.n_blocks + job.stored_end_bytes();
+  StageTime time{.name = "load"};
+  time.disk_s = read_s(job.cluster, bytes * job.layout.replicas, job.nodes());
+  return time;
+}
+
+StageTime measure_time(const Job& job, int64_t first_block) {
+  const Layout& layout = job.layout;
+  const int entry_stage = layout.stage_of(first_block);
+  double compute = 0, step = 0;
+  for (int stage = entry_stage; stage < layout.stages; ++stage) {
+    const double computing = step_s(job, stage, entry_stage, first_block);
+    compute = std::max(compute, computing);
+    step = std::max(step, computing + transfer_s(job, stage, entry_stage));
+  }
+  const auto n = static_cast<double>(layout.microbatches_per_replica);
+  StageTime time{.name = "measure", .compute_s = n * compute, .communication_s = n * (step - compute)};
+  time.idle_s = static_cast<double>(layout.segments) * (layout.stages - entry_stage - 1) * step;
+
+  // D of each block to replica 0 of its stage, block after block, and to disk; read back once to be sure.
+  double most_blocks = 0;
+  for (int stage = entry_stage; stage < layout.stages; ++stage) {
+    const Range range = layout.blocks[static_cast<size_t>(stage)];
+    most_blocks = std::max(most_blocks, static_cast<double>(range.end - std::max(range.begin, first_block)));
+  }
+  if (layout.replicas > 1)
+    time.communication_s +=
+        most_blocks * message_s(job.cluster, Buffers::host, replicas_cross_nodes(job),
+                                job.token_weight_bytes() * (layout.replicas - 1) / layout.replicas);
+  double block_bytes = job.token_weight_bytes();
+  if (job.config.sensitivity.covariance)
+    for (int p = 0; p < model::kProjections; ++p) {
+      const auto d =
+          static_cast<double>(model::module_shape(job.model, static_cast<model::Projection>(p)).columns);
+      block_bytes += 4 * static_cast<double>(job.config.sensitivity.row_groups) * d * d;
+    }
+  const double bytes = block_bytes * (job.shapes.n_blocks - static_cast<double>(first_block));
+  const int64_t writers =
+      (layout.stages - entry_stage + job.cluster.ranks_per_node - 1) / job.cluster.ranks_per_node;
+  time.disk_s = write_s(job.cluster, bytes, writers) + read_s(job.cluster, bytes, writers);
+  return time;
+}
+
+StageTime quantize_time(const Job& job, const config::Reestimate& reestimate) {
+  StageTime time{.name = "quantize"};
+  StageTime block{.name = "block"};
+  for (const auto& [step, step_time] : BlockTime(job).steps(block))
+    time.parts.emplace_back(step, job.shapes.n_blocks * step_time);
+  add(time, block, job.shapes.n_blocks);
+
+  // Embedding and head are copied by rank 0, and the embedding goes to all ranks once.
+  const double copy_s =
+      read_s(job.cluster, job.stored_end_bytes(), 1) + write_s(job.cluster, job.stored_end_bytes(), 1);
+  time.disk_s += copy_s;
+  time.parts.emplace_back("copy of embedding and head", copy_s);
+  if (job.uses_covariance())
+    time.communication_s += broadcast_s(job, Buffers::device, job.shapes.end_weight_bytes());
+
+  // A generation holds the hidden states; it is written and read back. The last one holds none.
+  const double generations =
+      std::ceil(job.shapes.n_blocks / static_cast<double>(job.config.checkpoint.every_blocks)) - 1;
+  if (job.uses_covariance() && generations > 0) {
+    const double each = write_s(job.cluster, hidden_bytes(job), job.nodes()) +
+                        read_s(job.cluster, hidden_bytes(job), job.nodes());
+    time.disk_s += generations * each;
+    time.parts.emplace_back("checkpoints", generations * each);
+  }
+
+  if (job.is_weighted() && reestimate.policy == "every") {
+    StageTime all{.name = "re-estimation"};
+    for (int64_t at = reestimate.blocks; at < job.model.n_blocks; at += reestimate.blocks)
+      add(all, reestimate_time(job, at), 1);
+    add(time, all, 1);
+    time.parts.emplace_back("re-estimation", all.total_s());
+  }
+  return time;
+}
+
+StageTime evaluate_time(const Job& job) {
+  const Layout& layout = job.layout;
+  const auto window = static_cast<double>(job.config.evaluation.window);
+  double compute = 0, step = 0;
+  for (int stage = 0; stage < layout.stages; ++stage) {
+    Work work = 2 * static_cast<double>(layout.blocks[static_cast<size_t>(stage)].size()) *
+                forward_block(job.shapes, window, window);
+    if (stage + 1 == layout.stages) work += head_compare(job.shapes, window, 2);
+    const double computing = seconds_of(job, work);
+    const double bytes = 2 * window * job.shapes.d * job.shapes.element_bytes;
+    double transfer = 0;
+    if (stage > 0)
+      transfer += message_s(job.cluster, Buffers::device, pipeline_crosses_nodes(job, stage - 1), bytes);
+    if (stage + 1 < layout.stages)
+      transfer += message_s(job.cluster, Buffers::device, pipeline_crosses_nodes(job, stage), bytes);
+    compute = std::max(compute, computing);
+    step = std::max(step, computing + transfer);
+  }
+  const auto n = static_cast<double>(partition(job.config.evaluation.windows, layout.replicas, 0).size());
+  StageTime time{.name = "evaluate", .compute_s = n * compute};
+  time.communication_s =
+      n * (step - compute) +
+      all_reduce_s(job, 16.0 * window * static_cast<double>(job.config.evaluation.windows));
+  time.idle_s = (layout.stages - 1) * step;
+  double quantized = 0, most_blocks = 0;
+  for (int64_t block = 0; block < job.model.n_blocks; ++block) quantized += job.quantized_block_bytes(block);
+  for (const Range& range : layout.blocks)
+    most_blocks = std::max(most_blocks, static_cast<double>(range.size()));
+  time.disk_s = read_s(job.cluster, (quantized + job.stored_end_bytes()) * layout.replicas, job.nodes());
+  // Each rank unpacks and dequantizes its own blocks.
+  const double codes = most_blocks * job.shapes.block_linears;
+  time.compute_s += seconds_of(job, {.host_link_bytes = job.shapes.element_bytes * codes,
+                                     .packed_codes = codes,
+                                     .host_traffic_bytes = kCodeTraffic * codes});
+  return time;
+}
+
+}  // namespace isobath::plan

@@ -1,0 +1,226 @@
+#include <gtest/gtest.h>
+
+#include <isobath/data/shards.hpp>
+#include <isobath/pipeline/schedule.hpp>
+#include <isobath/plan/memory.hpp>
+#include <isobath/plan/time.hpp>
+
+#include "tests/plan/tiny.hpp"
+
+namespace isobath::plan {
+namespace {
+
+TEST(Layout, SharesAreThoseOfTheShardPlan) {
+  const model::ModelConfig model = tiny_model();
+  for (const int64_t sequences : {4, 10, 33}) {
+    for (const int64_t shards : {1, 3, 16}) {
+      for (const int64_t microbatch : {1, 2, 5}) {
+        const config::Calibration calibration{.tokens = {},
+                                              .sequences = sequences,
+                                              .length = 5,
+                                              .microbatch = microbatch,
+                                              .logical_shards = shards};
+        const data::ShardPlan plan(sequences, shards, microbatch);
+        for (const auto& [stages, replicas] : {std::pair{1, 1}, std::pair{2, 3}, std::pair{4, 2}}) {
+          const Layout layout = Layout::of(calibration, model, stages, replicas);
+          EXPECT_EQ(layout.n_shards, plan.n_shards());
+          EXPECT_EQ(layout.microbatches_per_replica, std::ssize(plan.microbatches_of(0, replicas)));
+          int64_t largest = 0;
+          for (const data::Microbatch& held : plan.microbatches())
+            largest = std::max(largest, held.sequences.size());
+          EXPECT_EQ(layout.largest_microbatch, largest);
+          EXPECT_EQ(layout.sequences_per_replica, plan.sequences_of(0, replicas).size());
+          EXPECT_EQ(layout.sequences_per_rank, plan.sequences_of(0, stages * replicas).size());
+          EXPECT_EQ(layout.shards_per_rank, plan.shards_of(0, stages * replicas).size());
+        }
+      }
+    }
+  }
+}
+
+TEST(Layout, PipelineDrainsBetweenSegments) {
+  const model::ModelConfig model = tiny_model();
+  // 128 sequences in 16 shards of 8 microbatches; a segment of 4 stages is 32 microbatches, 4 shards.
+  const config::Calibration calibration{
+      .tokens = {}, .sequences = 128, .length = 5, .microbatch = 1, .logical_shards = 16};
+  EXPECT_EQ(Layout::of(calibration, model, 4, 1).segments, 4);
+  EXPECT_EQ(Layout::of(calibration, model, 4, 2).segments, 2);
+  EXPECT_EQ(Layout::of(calibration, model, 1, 1).segments, 16);
+}
+
+/// Time until every stage has run its steps in the order of the schedule, each as soon as what it needs is
+/// there.
+double simulated_s(int64_t n_microbatches, int n_stages, double forward_s, double backward_s) {
+  using pipeline::Step;
+  std::map<std::tuple<int, Step::Kind, int64_t>, double> done;
+  std::vector<std::vector<Step>> left;
+  for (int stage = 0; stage < n_stages; ++stage)
+    left.push_back(pipeline::one_forward_one_backward(n_microbatches, stage, n_stages));
+  std::vector<size_t> next(left.size(), 0);
+  std::vector<double> now(left.size(), 0);
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (int stage = 0; stage < n_stages; ++stage) {
+      const auto s = static_cast<size_t>(stage);
+      if (next[s] == left[s].size()) continue;
+      const Step step = left[s][next[s]];
+      const bool is_forward = step.kind == Step::Kind::forward;
+      const int needed = is_forward ? stage - 1 : stage + 1;
+      double ready = 0;
+      if (needed >= 0 && needed < n_stages) {
+        const auto found = done.find({needed, step.kind, step.microbatch});
+        if (found == done.end()) continue;
+        ready = found->second;
+      }
+      now[s] = std::max(now[s], ready) + (is_forward ? forward_s : backward_s);
+      done[{stage, step.kind, step.microbatch}] = now[s];
+      ++next[s];
+      moved = true;
+    }
+  }
+  return *std::max_element(now.begin(), now.end());
+}
+
+TEST(Time, TheScheduleTakesMicrobatchesPlusStagesMinusOne) {
+  for (const int64_t microbatches : {1, 3, 8, 64})
+    for (const int stages : {1, 2, 5, 8})
+      EXPECT_DOUBLE_EQ(simulated_s(microbatches, stages, 1, 3),
+                       static_cast<double>(microbatches + stages - 1) * (1 + 3))
+          << microbatches << " x " << stages;
+}
+
+TEST(Time, MeasureIsMicrobatchesAndBubblesOfTheSlowestStage) {
+  const model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  config.compute_dtype = "bfloat16";
+  Cluster cluster = instant_cluster();
+  cluster.ranks_per_node = 2;
+  cluster.compute.bf16_tflops = 1e-12;  // one flop a second
+
+  // Stages [0, 2) and [2, 4). A microbatch of 5 tokens: 3 · 2 · 5 · 576 a block; the head 2 · 2 · 5 · 32 · 8.
+  const Job job(config, model, cluster, 2, 1);
+  ASSERT_EQ(job.layout.blocks, (std::vector<Range>{{0, 2}, {2, 4}}));
+  const double stage_s = 2 * (3 * 2 * 5 * 576) + 2 * (2 * 5 * 32 * 8);
+  const StageTime time = measure_time(job);
+  EXPECT_DOUBLE_EQ(time.compute_s, 4 * stage_s);
+  EXPECT_DOUBLE_EQ(time.idle_s, stage_s);  // one segment, one step to fill
+
+  // From block 3 on: the last stage alone, one block and the head.
+  const StageTime late = measure_time(job, 3);
+  EXPECT_DOUBLE_EQ(late.compute_s, 4 * (3 * 2 * 5 * 576 + 2 * (2 * 5 * 32 * 8)));
+  EXPECT_EQ(late.idle_s, 0);
+  // From block 1 on: the slowest stage is the last one still.
+  EXPECT_DOUBLE_EQ(measure_time(job, 1).compute_s, 4 * stage_s);
+
+  // Two replicas halve the microbatches.
+  EXPECT_DOUBLE_EQ(measure_time(Job(config, model, cluster, 1, 2)).compute_s,
+                   2 * (4 * (3 * 2 * 5 * 576) + 2 * (2 * 5 * 32 * 8)));
+}
+
+TEST(Time, TransfersOfTheSchedule) {
+  const model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  config.compute_dtype = "bfloat16";
+  config.quantization.weighting = "sensitivity";
+  Cluster cluster = instant_cluster();
+  cluster.ranks_per_node = 4;
+  // One byte a second: a state is 5 tokens of 8 channels of 2 bytes. An inner stage has two neighbours, a
+  // state and a gradient each.
+  cluster.network.device_within_node_gbs = 1e-9;
+  EXPECT_NEAR(measure_time(Job(config, model, cluster, 4, 1)).communication_s, 4 * (4 * 80), 1e-6);
+  EXPECT_NEAR(measure_time(Job(config, model, cluster, 2, 1)).communication_s, 4 * (2 * 80), 1e-6);
+  EXPECT_EQ(measure_time(Job(config, model, cluster, 1, 1)).communication_s, 0);
+}
+
+TEST(Time, FactorizationsFollowOneAnother) {
+  const model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  Cluster cluster = instant_cluster();
+  cluster.ranks_per_node = 4;
+  cluster.host.f64_factor_tflops = 1e-12;
+  const auto factor_s = [&](int stages) {
+    return quantize_time(Job(config, model, cluster, stages, 1), {}).compute_s;
+  };
+  // 4 blocks of q, k, v, o, gate, up at d = 8 and down at d = 16; more ranks do not help.
+  const double expected = 4 * (6 * (4.0 / 3) * 512 + (4.0 / 3) * 4096);
+  EXPECT_NEAR(factor_s(1), expected, 1e-6);
+  EXPECT_NEAR(factor_s(4), expected, 1e-6);
+  // D = 1: one H an input set.
+  config.quantization.weighting = "none";
+  EXPECT_NEAR(factor_s(1), 4 * (3 * (4.0 / 3) * 512 + (4.0 / 3) * 4096), 1e-6);
+  config.quantization.solver = "round_to_nearest";
+  EXPECT_LT(factor_s(1), 1e-6);
+}
+
+TEST(Time, ReestimationIsThePassesOverLaterBlocks) {
+  const model::ModelConfig model = tiny_model();
+  const config::RunConfig config = tiny_config();
+  Cluster cluster = instant_cluster();
+  cluster.compute.bf16_tflops = 1e-9;
+  cluster.compute.f32_tflops = 1e-9;
+  const Job job(config, model, cluster, 1, 1);
+  const double never = quantize_time(job, {.policy = "never"}).total_s();
+  EXPECT_NEAR(quantize_time(job, {.policy = "every", .blocks = 2}).total_s() - never,
+              measure_time(job, 2).total_s(), 1e-9);
+  EXPECT_NEAR(
+      quantize_time(job, {.policy = "every", .blocks = 1}).total_s() - never,
+      measure_time(job, 1).total_s() + measure_time(job, 2).total_s() + measure_time(job, 3).total_s(), 1e-9);
+  EXPECT_EQ(quantize_time(job, {.policy = "every", .blocks = 4}).total_s(), never);
+}
+
+TEST(Time, PartsMakeTheWhole) {
+  const model::ModelConfig model = tiny_model();
+  const config::RunConfig config = tiny_config();
+  Cluster cluster = instant_cluster();
+  cluster.ranks_per_node = 2;
+  cluster.compute.f32_tflops = cluster.host.f64_gemm_tflops = cluster.host.f32_thin_tflops = 1e-9;
+  cluster.network.within_node_gbs = 1e-6;
+  cluster.filesystem.write_gbs = 1e-6;
+  const StageTime time = quantize_time(Job(config, model, cluster, 2, 1), {.policy = "every", .blocks = 2});
+  double sum = 0;
+  for (const auto& [step, step_s] : time.parts) sum += step_s;
+  // The embedding's broadcast, on the device network, is instant here.
+  EXPECT_NEAR(sum, time.total_s(), 1e-9 * sum);
+}
+
+TEST(Memory, MeasureHoldsOneInputForEachBlockAndMicrobatchInFlight) {
+  const model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  config.compute_dtype = "bfloat16";
+  const Cluster cluster = instant_cluster();
+  const Job job(config, model, cluster, 2, 1);
+  const auto item = [](const RankMemory& memory, const std::string& name) {
+    for (const auto& found : memory.items)
+      if (found.name == name) return found;
+    return RankMemory::Item{"missing", -1, -1};
+  };
+  constexpr double kState = 5 * 8 * 2;  // a microbatch of 5 tokens, 8 channels, bf16
+  const RankMemory first = measure_memory(job, 0), last = measure_memory(job, 1);
+  EXPECT_EQ(item(first, "weights").device_bytes, 2 * 2 * (576 + 16) + 2 * 32 * 8);
+  EXPECT_EQ(item(first, "in flight").device_bytes, 2 * 2 * kState);
+  EXPECT_EQ(item(last, "in flight").device_bytes, 1 * (2 + 1) * kState);  // and the last block's output
+  // f32, seven linears, 20 tokens: of two blocks, and of one while it is gathered.
+  EXPECT_DOUBLE_EQ(item(first, "D").host_bytes, (2 + 8.0 / 7) * 4 * 7 * 20);
+}
+
+TEST(Memory, QuantizeHoldsTheCovariancesOfOneInputSet) {
+  const model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  config.compute_dtype = "bfloat16";
+  const Cluster cluster = instant_cluster();
+  const auto held = [&](const std::string& name) {
+    const Job job(config, model, cluster, 1, 1);
+    for (const auto& found : quantize_memory(job, 0).items)
+      if (found.name == name) return std::pair{found.device_bytes, found.host_bytes};
+    return std::pair{-1.0, -1.0};
+  };
+  // down, d = 16: one H of 1024 bytes, three matrices to close it, and partial sums on two levels and one
+  // that arrives. q/k/v, d = 8: 256 bytes, (3 + 3) and 3 · 2 + 1 of them: less.
+  EXPECT_EQ(held("H and factors"), (std::pair{4 * 1024.0, 3 * 1024.0}));
+  EXPECT_EQ(held("hidden states"), (std::pair{20.0 * 2 * (8 + 16), 0.0}));
+  // Factorization of d = 16 at its peak: five f64 matrices and one f32.
+  EXPECT_EQ(quantize_memory(Job(config, model, cluster, 1, 1), 0).one_rank_bytes, 44 * 256);
+}
+
+}  // namespace
+}  // namespace isobath::plan

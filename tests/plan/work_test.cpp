@@ -1,0 +1,114 @@
+#include <gtest/gtest.h>
+
+#include <isobath/plan/work.hpp>
+
+#include "src/quant/candidates.hpp"
+#include "tests/plan/tiny.hpp"
+
+namespace isobath::plan {
+namespace {
+
+TEST(Work, ForwardOfABlockByHand) {
+  const model::ModelConfig model = tiny_model();
+  const Shapes shapes = Shapes::of(model, true);
+  EXPECT_EQ(shapes.block_linears, 64 + 32 + 32 + 64 + 128 + 128 + 128);
+  // bf16: 576 linears and two norms of 8.
+  EXPECT_EQ(shapes.block_weight_bytes(), 2 * (576 + 16));
+  EXPECT_EQ(shapes.end_weight_bytes(), 2 * 32 * 8);
+
+  const Work work = forward_block(shapes, 10, 5);
+  EXPECT_EQ(work.gemm_flops, 2 * 10 * 576);
+  // Scores and mixed values: 2 · 2 · T · d_query a token, half of it causal.
+  EXPECT_EQ(work.attention_flops, 10 * (2 * 2 * 5 * 8) / 2);
+  // Norms 2·32·8, residuals 2·6·8, rotation 20·(8+4), heads back 4·8, gate 10·16.
+  EXPECT_EQ(work.traffic_bytes, 10 * (512 + 96 + 240 + 32 + 160));
+  EXPECT_EQ(work.f32_flops, 0);
+}
+
+TEST(Work, BackwardRecomputesAndHasNoWeightGradients) {
+  const model::ModelConfig model = tiny_model();
+  const Shapes shapes = Shapes::of(model, true);
+  config::Sensitivity sensitivity;
+  sensitivity.per_sequence = "off";
+
+  const Work one = backward_block(shapes, 10, 5, sensitivity);
+  EXPECT_EQ(one.gemm_flops, 2 * (2 * 10 * 576));
+  EXPECT_EQ(one.attention_flops, 3.5 * 800);
+  // Two sums over the rows of x²: five linears of 8 channels, o of 8, down of 16.
+  EXPECT_EQ(one.f32_flops, 10 * 4 * (5 * 8 + 8 + 16));
+
+  sensitivity.samples = 3;  // one recomputation, three gradients
+  EXPECT_EQ(backward_block(shapes, 10, 5, sensitivity).gemm_flops, (1 + 3) * (2 * 10 * 576));
+
+  sensitivity.samples = 1;
+  sensitivity.per_sequence = "probes";
+  sensitivity.probes = 8;
+  // Eight probes times G (rows: 8+4+4+8+16+16+8) and times X.
+  EXPECT_EQ(backward_block(shapes, 10, 5, sensitivity).f32_flops, one.f32_flops + 10 * 2 * 8 * (64 + 64));
+  sensitivity.per_sequence = "exact";
+  EXPECT_EQ(backward_block(shapes, 10, 5, sensitivity).f32_flops, one.f32_flops + 10 * 2 * 576);
+
+  sensitivity.per_sequence = "off";
+  sensitivity.covariance = true;
+  EXPECT_EQ(backward_block(shapes, 10, 5, sensitivity).f32_flops,
+            one.f32_flops + 10 * (6 * 8 * (8 + 128) + 16 * (16 + 128)));
+}
+
+TEST(Work, HeadsByHand) {
+  const model::ModelConfig model = tiny_model();
+  const Shapes shapes = Shapes::of(model, true);
+  // Logits, and (p − y) W for each of two samples.
+  EXPECT_EQ(head_loss(shapes, 10, 2).gemm_flops, 3 * 2 * 10 * 32 * 8);
+  EXPECT_EQ(head_compare(shapes, 10, 2).gemm_flops, 2 * 2 * 10 * 32 * 8);
+  EXPECT_EQ(head_compare(shapes, 10, 1).gemm_flops, 2 * 10 * 32 * 8);
+}
+
+TEST(Work, SolverByHand) {
+  const model::ModelConfig model = tiny_model();
+  const Shapes shapes = Shapes::of(model, true);
+  // The upper triangle in panels of 128, or of 256 above 1024 channels.
+  EXPECT_EQ(covariance_add(shapes, 10, 512).f32_flops, 10.0 * 512 * (512 + 128));
+  EXPECT_EQ(covariance_add(shapes, 10, 2048).f32_flops, 10.0 * 2048 * (2048 + 256));
+  EXPECT_EQ(factorize(3).f64_factor_flops, 9 + 27);
+
+  config::Quantization quantization;
+  quantization.clip_search = false;
+  // 70 rows are two tiles of 64; the last 128 of 256 columns are reached by the product.
+  const Work rows = solve_rows(70, 256, quantization);
+  EXPECT_EQ(rows.thin_flops, 128.0 * 256 * 128);
+  EXPECT_EQ(rows.column_flops, 128.0 * 256 * 128);
+  EXPECT_EQ(rows.candidates, 128.0 * 256);
+  EXPECT_EQ(score(10, 16, quantization, 4).f64_gemm_flops, 2 * 2 * 10 * 16 * 16);
+  EXPECT_EQ(score(10, 16, quantization, 4).candidates, 10.0 * 16 / 4);
+}
+
+TEST(Work, CandidatesAreThoseOfTheSearch) {
+  for (const int bits : {2, 3, 4, 8}) {
+    const auto n = static_cast<double>(quant::shrink_factors({.bits = bits, .symmetric = true}).size());
+    // The min-max grid comes first; three rounds of refinement follow, of two passes each.
+    EXPECT_EQ(candidate_grids(bits, true, true), 1 + n + 6) << bits;
+    const auto m = static_cast<double>(quant::shrink_factors({.bits = bits, .symmetric = false}).size());
+    EXPECT_EQ(candidate_grids(bits, false, true), 1 + m * quant::kMaxZeros + 12) << bits;
+    EXPECT_EQ(candidate_grids(bits, true, false), 1);
+  }
+}
+
+TEST(Work, EachPartTakesItsOwnRate) {
+  Cluster cluster = instant_cluster();
+  cluster.compute.bf16_tflops = 2;
+  cluster.efficiency.gemm = 0.5;
+  EXPECT_DOUBLE_EQ(seconds({.gemm_flops = 3e12}, cluster, true), 3);
+  EXPECT_LT(seconds({.gemm_flops = 3e12}, cluster, false), 1e-9);  // f32 is instant here
+  cluster.host.f64_factor_tflops = 4;
+  cluster.efficiency.host = 0.25;
+  EXPECT_DOUBLE_EQ(seconds({.f64_factor_flops = 5e12}, cluster, true), 5);
+  cluster.compute.operation_us = 10;
+  EXPECT_DOUBLE_EQ(seconds({.n_operations = 100}, cluster, true), 1e-3);
+  cluster.compute.host_link_gbs = 1;
+  EXPECT_EQ(seconds({.host_link_bytes = 1e9}, cluster, true), 0);  // no devices: nothing to copy
+  cluster.device = "cuda";
+  EXPECT_DOUBLE_EQ(seconds({.host_link_bytes = 1e9}, cluster, true), 1);
+}
+
+}  // namespace
+}  // namespace isobath::plan
