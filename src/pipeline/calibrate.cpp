@@ -57,12 +57,10 @@ class Calibration {
   }
 
  private:
-  /// Seconds of one call: the median of many, so that a pause by something else does not count; of the
-  /// slowest rank, while all ranks work at once as in a run.
+  /// Seconds of one call: the median of many, so that a pause by something else does not count.
   template <class Action>
-  double seconds_of(const Action& action) {
+  static double median_s(const Action& action) {
     action();
-    world_.barrier();
     std::vector<double> calls;
     const Timer timer;
     do {
@@ -73,7 +71,21 @@ class Calibration {
     std::sort(calls.begin(), calls.end());
     log::debug("  {} calls: fastest {:.3g} s, median {:.3g} s, slowest {:.3g} s", calls.size(), calls.front(),
                calls[calls.size() / 2], calls.back());
-    return world_.all_reduce(calls[calls.size() / 2], comm::Reduce::max);
+    return calls[calls.size() / 2];
+  }
+
+  /// Of the slowest rank, while all ranks work at once.
+  template <class Action>
+  double seconds_of(const Action& action) {
+    world_.barrier();
+    return world_.all_reduce(median_s(action), comm::Reduce::max);
+  }
+
+  /// Of rank 0 while the others wait, as in the steps of the quantize pass that one rank does.
+  template <class Action>
+  double seconds_of_one_rank(const Action& action) {
+    world_.barrier();
+    return world_.all_reduce(world_.rank() == 0 ? median_s(action) : 0.0, comm::Reduce::max);
   }
 
   void products() {
@@ -95,10 +107,19 @@ class Calibration {
           (void)at::scaled_dot_product_attention(q, k, k, std::nullopt, 0.0, true, std::nullopt, true);
         }) /
         1e12;
-    cluster_.host.f64_gemm_tflops = [&] {
-      const at::Tensor a = at::randn({kChannels, kChannels}, at::kDouble);
-      return 2.0 * kChannels * kChannels * kChannels / seconds_of([&] { (void)at::mm(a, a); }) / 1e12;
-    }();
+    const at::Tensor square = at::randn({kChannels, kChannels}, at::kDouble);
+    const double cube = static_cast<double>(kChannels) * kChannels * kChannels;
+    cluster_.host.f64_gemm_tflops =
+        2 * cube / seconds_of_one_rank([&] { (void)at::mm(square, square); }) / 1e12;
+    // The two LAPACK and BLAS calls of quant::factorize; its passes over memory are counted on their own.
+    const at::Tensor identity = at::eye(kChannels, at::kDouble);
+    const at::Tensor positive = at::mm(square, square.t()) + static_cast<double>(kChannels) * identity;
+    cluster_.host.f64_factor_tflops = plan::factorize(kChannels).f64_factor_flops / seconds_of_one_rank([&] {
+                                        const at::Tensor lower =
+                                            std::get<0>(at::linalg_cholesky_ex(positive));
+                                        (void)at::linalg_solve_triangular(lower, identity, /*upper=*/false);
+                                      }) /
+                                      1e12;
     const at::Tensor upper = at::randn({128, 4096}), errors = at::randn({128, 64});
     at::Tensor tile = at::zeros({4096, 64});
     cluster_.host.f32_thin_tflops =
@@ -124,9 +145,6 @@ class Calibration {
   void solver() {
     const at::Tensor rows = at::randn({2 * kChannels, kChannels});
     const at::Tensor h = at::mm(rows.t(), rows);
-    const double d = kChannels;
-    cluster_.host.f64_factor_tflops =
-        plan::factorize(d).f64_factor_flops / seconds_of([&] { (void)quant::factorize(h, {}); }) / 1e12;
     // One block of columns without clip search: the column loop alone.
     const quant::Factor factor = quant::factorize(h.slice(0, 0, 128).slice(1, 0, 128).contiguous(), {});
     const at::Tensor w = at::randn({quant::kRowTile, 128}) / 30;

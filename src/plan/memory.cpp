@@ -130,31 +130,30 @@ RankMemory quantize_memory(const Job& job, int stage) {
   memory.items.push_back({"hidden states", local_tokens * e * (s.d + std::max(s.d_query, s.f))});
   if (job.is_weighted()) memory.items.push_back({"D", 0, 1.5 * job.token_weight_bytes()});
 
+  // Two peaks follow one another in each input set: while H is summed, on every rank, and while it is
+  // factorized, on one.
   RankMemory::Item h{"H and factors"};
-  double most = 0;
+  double factorizing = 0;
   for (int set = 0; set < model::kInputSets; ++set) {
     const auto shape = model::module_shape(job.model, model::input_set(set).front());
     const auto d = static_cast<double>(shape.columns);
     const double matrix = 4 * d * d;
     const auto units = static_cast<double>(job.units_of(set));
+    // Covariance::value makes two triangles and their sum beside the panels; one partial sum arrives.
+    h.device_bytes = std::max(h.device_bytes, (units + 3) * matrix);
+    const double sums = (units * tree_levels(layout.shards_per_rank) + 1) * matrix;
     const double at_root = std::ceil(units / static_cast<double>(layout.n_ranks())) * matrix;
-    // Covariance::value makes two triangles and their sum beside the panels.
-    const double device = (units + 3) * matrix;
-    const double sums = units * tree_levels(layout.shards_per_rank) * matrix + matrix;
-    const double factor = units * matrix;
-    const double host = std::max(sums, factor + at_root);
-    if (device + host > most) {
-      most = device + host;
-      h.device_bytes = device;
-      h.host_bytes = host;
-    }
+    h.host_bytes = std::max({h.host_bytes, sums, units * matrix + at_root});
+    // The factors before it are held; its own is part of what factorization holds.
+    factorizing = std::max(factorizing, (units - 1) * matrix + at_root + kFactorBytes * d * d);
     for (const model::Projection p : model::input_set(set)) {
-      const double weights = static_cast<double>(model::module_shape(job.model, p).rows) * d;
-      // The objective turns H, W and Ŵ to f64.
-      memory.one_rank_bytes =
-          std::max({memory.one_rank_bytes, kFactorBytes * d * d, 8 * d * d + 36 * weights});
+      const double n_weights = static_cast<double>(model::module_shape(job.model, p).rows) * d;
+      // The objective turns H, W and the dequantized codes to f64.
+      factorizing = std::max(factorizing, units * matrix + at_root + 8 * d * d + 36 * n_weights);
     }
   }
+  const double held = h.host_bytes + (job.cluster.has_devices() ? 0 : h.device_bytes);
+  memory.one_rank_bytes = std::max(0.0, factorizing - held);
   memory.items.push_back(h);
   return memory;
 }

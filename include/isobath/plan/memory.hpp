@@ -13,7 +13,7 @@ struct RankMemory {
     double host_bytes = 0;
   };
   std::vector<Item> items;
-  double one_rank_bytes = 0;  ///< host, on one rank of the job at a time: the one that factorizes
+  double one_rank_bytes = 0;  ///< host, beyond the items, on one rank at a time: the one that factorizes
 
   [[nodiscard]] double device_bytes() const;
   [[nodiscard]] double host_bytes() const;
