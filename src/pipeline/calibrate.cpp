@@ -11,6 +11,7 @@
 #include <isobath/core/timer.hpp>
 #include <isobath/formats/packing.hpp>
 #include <isobath/io/files.hpp>
+#include <isobath/kernels/elementwise.hpp>
 #include <isobath/model/block.hpp>
 #include <isobath/plan/cluster.hpp>
 #include <isobath/plan/work.hpp>
@@ -131,8 +132,8 @@ class Calibration {
                      weight = at::ones({kWide}, at::kBFloat16);
     // Bytes as plan/work.cpp counts them for bf16: a norm 32 and a gate 10 a channel.
     cluster_.compute.memory_gbs = (32.0 + 10.0) * kTokens * kWide / seconds_of([&] {
-                                    (void)model::rms_norm(x, weight, 1e-5);
-                                    (void)model::gated(x, x);
+                                    (void)kernels::rms_norm(x, weight, 1e-5);
+                                    (void)kernels::gated(x, x);
                                   }) /
                                   1e9;
     const at::Tensor one = at::ones({1});
