@@ -87,9 +87,8 @@ void BlockSolver::correct(SolverUnit& unit) const {
   const config::Asymmetric& asymmetric = session_.config.quantization.asymmetric;
   if (!asymmetric.is_on()) return;
   if (world.rank() == unit.root) {
-    unit.correction = asymmetric.correction == "qep"
-                          ? quant::qep_correction(unit.c, unit.h, asymmetric.ridge)
-                          : quant::gptaq_correction(unit.c, unit.factor);
+    unit.correction = asymmetric.correction == "qep" ? quant::qep_correction(unit.c, unit.h, asymmetric.ridge)
+                                                     : quant::gptaq_correction(unit.c, unit.factor);
   } else {
     unit.correction = at::empty_like(unit.factor.upper);
   }
