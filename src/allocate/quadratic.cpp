@@ -60,14 +60,14 @@ double QuadraticLoss::operator()(const Selection& selection) const {
 }
 
 QuadraticLoss estimate_loss(const at::Tensor& scores, const Candidates& candidates,
-                            double tokens_per_sequence, bool with_linear) {
+                            double tokens_per_sequence, bool with_linear, std::optional<double> shrinkage) {
   ISOBATH_CHECK(scores.dim() == 2 && scores.scalar_type() == at::kDouble && scores.size(0) > 0 &&
                     scores.size(1) == candidates.size(),
                 "scores [n_draws, {}] f64 expected", candidates.size());
   ISOBATH_CHECK(tokens_per_sequence > 0, "{} tokens per sequence", tokens_per_sequence);
   const auto n_draws = static_cast<double>(scores.size(0));
   QuadraticLoss loss;
-  loss.shrinkage = optimal_shrinkage(scores, candidates);
+  loss.shrinkage = shrinkage ? *shrinkage : optimal_shrinkage(scores, candidates);
   const at::Tensor moments = scores.t().mm(scores) / (n_draws * tokens_per_sequence);
   loss.curvature = moments * (1 - loss.shrinkage);
   loss.curvature.diagonal().copy_(moments.diagonal());

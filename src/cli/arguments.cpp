@@ -77,6 +77,10 @@ void add_commands(Builder& b) {
           "are scores of other methods.")
       ->capture_default_str()
       ->check(CLI::IsMember(pipeline::allocation_methods()));
+  allocate->add_flag(
+      "--no-first-order", a.no_first_order,
+      "With loss nll, leaves out the mean first-order change of the loss: keeps the model as it is, "
+      "rather than fits it to the calibration text.");
   allocate
       ->add_option("--output", a.allocation_output,
                    "File for the widths, YAML, with a report beside it (.json). Without it, bits.yaml and "

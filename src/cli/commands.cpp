@@ -141,6 +141,7 @@ void execute(const Arguments& arguments, const comm::Communicator& world) {
                                 {.mean_bits = arguments.budget_bits,
                                  .bytes = arguments.budget_bytes,
                                  .method = arguments.method,
+                                 .first_order = !arguments.no_first_order,
                                  .output = arguments.allocation_output},
                                 world);
     case Command::quantize:

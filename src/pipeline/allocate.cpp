@@ -77,12 +77,39 @@ std::optional<Selection> widest_uniform(const AllocationProblem& problem) {
   return best;
 }
 
+/// Fills in what the choices are worth on other sequences.
+void validate(AllocationReport& report) {
+  const AllocationProblem& problem = report.problem;
+  const allocate::Candidates& candidates = problem.candidates;
+  const auto on_all = [&](const Allocation& allocation) {
+    return allocate::sample_loss(problem.scores, allocation.selection, problem.tokens_per_sequence,
+                                 report.with_linear);
+  };
+  const auto held_out = [&](const allocate::Choose& choose) {
+    return allocate::held_out_loss(problem.scores, candidates, problem.tokens_per_sequence,
+                                   report.with_linear, problem.n_samples, report.loss.shrinkage, choose);
+  };
+  constexpr int64_t kLeastSequences = 4;
+  const bool has_folds = problem.n_sequences >= kLeastSequences;
+  for (Allocation& allocation : report.methods) {
+    if (allocation.method != "quadratic" && allocation.method != "diagonal")
+      allocation.held_out = on_all(allocation);
+    else if (has_folds && allocation.method == "quadratic")
+      allocation.held_out = held_out(
+          [&](const QuadraticLoss& loss) { return minimise(loss, candidates, relax(loss, candidates), {}); });
+    else if (has_folds)
+      allocation.held_out =
+          held_out([&](const QuadraticLoss& loss) { return solve_knapsack(candidates, loss.diagonal()); });
+  }
+  if (report.uniform) report.uniform->held_out = on_all(*report.uniform);
+}
+
 AllocationReport solve(const AllocationProblem& problem, const QuadraticLoss& loss,
                        const std::string& method) {
   const std::vector<double> diagonal = loss.diagonal();
   const auto described = [&](const std::string& name, Selection selection) {
     const double predicted = loss(selection), additive = allocate::sum_of(selection, diagonal);
-    return Allocation{name, std::move(selection), predicted, additive};
+    return Allocation{name, std::move(selection), predicted, additive, {}};
   };
   AllocationReport report{.problem = problem, .loss = loss, .methods = {}, .uniform = {}};
   std::vector<Allocation> additive;
@@ -114,11 +141,14 @@ void allocate_locally(const config::RunConfig& config, const AllocateRequest& re
   AllocationProblem problem = read_problem(config, model, statistics);
   problem.candidates.budget = budget_in_bits(problem, request);
   // Labels drawn from the model have gradients of mean zero; those of the data need not.
-  const bool with_linear = config.sensitivity.loss == "nll";
+  const bool with_linear = request.first_order && config.sensitivity.loss == "nll";
+  const double shrinkage = validated_shrinkage(problem.scores, problem.candidates,
+                                               problem.tokens_per_sequence, with_linear, problem.n_samples);
   const QuadraticLoss loss =
-      estimate_loss(problem.scores, problem.candidates, problem.tokens_per_sequence, with_linear);
+      estimate_loss(problem.scores, problem.candidates, problem.tokens_per_sequence, with_linear, shrinkage);
   AllocationReport report = solve(problem, loss, request.method);
   report.with_linear = with_linear;
+  validate(report);
 
   const Allocation& chosen = report.methods[report.chosen];
   std::map<std::string, int> bits;

@@ -52,6 +52,9 @@ struct Allocation {
   allocate::Selection selection;
   double predicted = 0;  ///< of the quadratic loss, nats per token
   double additive = 0;   ///< of its diagonal alone
+  /// Loss on sequences that the choice was not fitted to (allocate::held_out_loss); of methods that fit
+  /// nothing to the scores s, sample_loss on all sequences.
+  std::optional<double> held_out;
 };
 
 /// All that is told of one call of `allocate`.

@@ -61,6 +61,51 @@ TEST(QuadraticLoss, FirstOrderTermsWithinTheirErrorVanish) {
   EXPECT_LE(shifted.linear.max().item<double>(), 0.5 + kRounding);
 }
 
+TEST(HeldOut, IsTheMeanOverFoldsOfWhatTheOtherFoldsChoose) {
+  const Candidates candidates = testing::small_candidates(4, 0.5);
+  const at::Tensor scores = testing::small_scores(candidates, 8, 6);
+  const Selection fixed{0, 4, 8, 9};
+
+  const double found = held_out_loss(scores, candidates, 10.0, true, 1, 0.5, [&](const QuadraticLoss& loss) {
+    EXPECT_EQ(loss.shrinkage, 0.5);
+    return fixed;
+  });
+
+  EXPECT_NEAR(found, sample_loss(scores, fixed, 10.0, true), kRounding);
+  EXPECT_THROW((void)held_out_loss(scores.slice(0, 0, 3), candidates, 10.0, true, 1, 0.5,
+                                   [&](const QuadraticLoss&) { return fixed; }),
+               InternalError);
+}
+
+TEST(HeldOut, DrawsOfASequenceStayTogether) {
+  // Both draws of a sequence are alike: held out apart, a choice would be judged on what it was made from.
+  const Candidates candidates = testing::small_candidates(4, 0.5);
+  const at::Tensor once = testing::small_scores(candidates, 8, 7), twice = once.repeat_interleave(2, 0);
+  const auto choose = [&](const QuadraticLoss& loss) { return brute_force_minimum(loss, candidates); };
+
+  EXPECT_NEAR(held_out_loss(twice, candidates, 10.0, false, 2, 0.3, choose),
+              held_out_loss(once, candidates, 10.0, false, 1, 0.3, choose), kRounding);
+}
+
+TEST(HeldOut, ChoosesAShrinkageNoWorseThanTheAnalyticOne) {
+  for (int64_t seed = 0; seed < 5; ++seed) {
+    const Candidates candidates = testing::small_candidates(10, 0.4);
+    const at::Tensor scores = testing::small_scores(candidates, 12, seed);
+    const auto held_out = [&](double shrinkage) {
+      return held_out_loss(scores, candidates, 10.0, false, 1, shrinkage, [&](const QuadraticLoss& loss) {
+        return exchange(loss, candidates, solve_knapsack(candidates, loss.diagonal()));
+      });
+    };
+    const double analytic = estimate_loss(scores, candidates, 10.0, false).shrinkage;
+
+    const double found = validated_shrinkage(scores, candidates, 10.0, false, 1);
+
+    EXPECT_GE(found, analytic);
+    EXPECT_LE(found, 1);
+    EXPECT_LE(held_out(found), held_out(analytic));
+  }
+}
+
 TEST(Exchange, FindsTheBestOfAllSelectionsOfSmallProblems) {
   for (int64_t seed = 0; seed < 20; ++seed) {
     const Candidates candidates = testing::small_candidates(8, 0.05 * static_cast<double>(seed));

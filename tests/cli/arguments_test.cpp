@@ -72,6 +72,7 @@ TEST(Arguments, AllocateTakesOneBudgetAndAMethod) {
   EXPECT_EQ(a.budget_bytes, 0);
   EXPECT_EQ(a.method, "hawq-v2");
   EXPECT_EQ(a.allocation_output, "widths.yaml");
+  EXPECT_FALSE(a.no_first_order);
   EXPECT_EQ(std::get<Arguments>(parsed({"allocate", "c", "--budget-bytes", "1000"})).budget_bytes, 1000);
 
   EXPECT_EQ(usage_of({"allocate", "c"}).substr(0, 30), "2 allocate: --budget BITS or -");

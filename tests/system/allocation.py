@@ -66,6 +66,13 @@ def allocation_and_quantization(space, config):
                 assert widths[module] == chosen["bits"][method]
     assert all(report["methods"] == reports["diagonal"]["methods"] for report in reports.values())
 
+    output = space.path / "second-order.yaml"
+    well("allocate", config, "--budget", str(BUDGET), "--no-first-order", "--output", str(output))
+    second_order = json.loads(output.with_suffix(".json").read_text())
+    assert not second_order["first_order_term"] and reports["quadratic"]["first_order_term"]
+    # A sum of squares: without a first-order term nothing is gained by rounding.
+    assert all(candidate["diagonal"] > 0 for chosen in second_order["sets"] for candidate in chosen["candidates"])
+
     in_bytes = space.path / "bytes.yaml"
     well("allocate", config, "--budget-bytes", str(reports["quadratic"]["budget_bits"] // 8), "--output", str(in_bytes))
     widths = widths_of(in_bytes)

@@ -20,6 +20,7 @@ struct Arguments {
   double budget_bits = 0;                ///< allocate: stored bits a weight; 0: budget_bytes
   int64_t budget_bytes = 0;              ///< allocate
   std::string method = "quadratic";      ///< allocate
+  bool no_first_order = false;           ///< allocate
   std::string allocation_output;         ///< allocate: file to write; empty: in the run directory
   std::vector<std::string> checkpoints;  ///< evaluate: quantized checkpoints instead of the run directory's
   bool original_only = false;            ///< evaluate

@@ -11,6 +11,7 @@ struct AllocateRequest {
   double mean_bits = 0;  ///< budget in stored bits a quantized weight, scales included; 0: `bytes`
   int64_t bytes = 0;     ///< budget in bytes of all quantized linears, scales included
   std::string method = "quadratic";  ///< one of allocation_methods()
+  bool first_order = true;           ///< with labels of the data: E[s] counts; false: only E[s sᵀ]
   std::filesystem::path output;      ///< widths, YAML; empty: bits.yaml in the run directory
 };
 
