@@ -36,11 +36,12 @@ GroupGrid fit_grid(const at::Tensor& w, const at::Tensor& importance, const Grid
   }
   at::Tensor scale = at::empty({n_rows}, at::kFloat), zero = at::empty({n_rows}, at::kChar);
   GroupFitter fitter(spec, n_columns, columns);
-  for (int64_t row = 0; row < n_rows; ++row) {
-    const RowGrid grid = fitter.fit(weights.const_data_ptr<float>() + row * n_columns);
-    scale.mutable_data_ptr<float>()[row] = grid.scale;
-    zero.mutable_data_ptr<int8_t>()[row] = static_cast<int8_t>(grid.zero);
-  }
+  std::vector<float> scratch;
+  fit_rows(fitter, weights.const_data_ptr<float>(), n_columns, n_rows, n_columns, scratch,
+           [&](int64_t row, const RowGrid& grid) {
+             scale.mutable_data_ptr<float>()[row] = grid.scale;
+             zero.mutable_data_ptr<int8_t>()[row] = static_cast<int8_t>(grid.zero);
+           });
   return {scale.to(spec.storage), zero};
 }
 

@@ -13,66 +13,66 @@ namespace isobath::quant {
 using simd::Floats;
 using simd::kLanes;
 
-/// What the kernels need of a candidate grid; codes are counted from the zero point.
-struct Levels {
-  float scale, inverse, low, high;
+static_assert(kFitLanes == kLanes);
+
+/// Candidate grids of kLanes rows; codes are counted from the zero point.
+struct Candidates {
+  Floats scale, low, high;
 };
 
-static Levels levels_of(const GridSpec& spec, const RowGrid& grid) {
-  return {grid.scale, 1.0F / grid.scale, static_cast<float>(smallest_code(spec) - grid.zero),
-          static_cast<float>(largest_code(spec) - grid.zero)};
-}
-
-/// Σ_j h_j ((w_j − ŵ_j) · unit)², ŵ as a loader sees it. n is a multiple of kLanes.
-ISOBATH_SIMD_CLONES float weighted_error(const float* weights, const float* importance, int64_t n,
-                                         Levels levels, float unit, StorageFormat format) {
-  const Floats low = Floats{} + levels.low, high = Floats{} + levels.high;
+/// error := Σ_j h_j ((w_j − ŵ_j) · unit)², ŵ as a loader sees it.
+ISOBATH_SIMD_CLONES void weighted_error(const float* columns, int64_t stride, const float* importance,
+                                        int64_t n, const Candidates& candidates, const Floats& unit,
+                                        StorageFormat format, Floats& error) {
+  const Floats inverse = 1.0F / candidates.scale;
   Floats sum{};
-  for (int64_t j = 0; j < n; j += kLanes) {
-    Floats w, h;
-    simd::load(w, weights + j);
-    simd::load(h, importance + j);
-    Floats stored = w * levels.inverse;
-    simd::round_clamped(stored, low, high);
-    stored *= levels.scale;
+  for (int64_t j = 0; j < n; ++j) {
+    Floats w;
+    simd::load(w, columns + j * stride);
+    Floats stored = w * inverse;
+    simd::round_clamped(stored, candidates.low, candidates.high);
+    stored *= candidates.scale;
     simd::round_stored(stored, format);
     const Floats difference = (w - stored) * unit;
-    sum += h * difference * difference;
+    sum += importance[j] * difference * difference;
   }
-  float total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
-  return total;
+  error = sum;
 }
 
-/// argmin_s Σ_j h_j (w_j − s k_j)² for the codes k that `levels` gives; 0 when all of them are 0.
-ISOBATH_SIMD_CLONES float least_squares_scale(const float* weights, const float* importance, int64_t n,
-                                              Levels levels) {
-  const Floats low = Floats{} + levels.low, high = Floats{} + levels.high;
+/// scale := argmin_s Σ_j h_j (w_j − s k_j)² for the codes k that the candidates give; 0 when all of them are
+/// 0.
+ISOBATH_SIMD_CLONES void least_squares_scale(const float* columns, int64_t stride, const float* importance,
+                                             int64_t n, const Candidates& candidates, Floats& scale) {
+  const Floats inverse = 1.0F / candidates.scale;
   Floats cross{}, square{};
-  for (int64_t j = 0; j < n; j += kLanes) {
-    Floats w, h;
-    simd::load(w, weights + j);
-    simd::load(h, importance + j);
-    Floats code = w * levels.inverse;
-    simd::round_clamped(code, low, high);
-    cross += h * code * w;
-    square += h * code * code;
+  for (int64_t j = 0; j < n; ++j) {
+    Floats w;
+    simd::load(w, columns + j * stride);
+    Floats code = w * inverse;
+    simd::round_clamped(code, candidates.low, candidates.high);
+    cross += importance[j] * code * w;
+    square += importance[j] * code * code;
   }
-  float numerator = 0, denominator = 0;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    numerator += cross[lane];
-    denominator += square[lane];
+  scale = square > 0.0F ? cross / square : Floats{};
+}
+
+/// Smallest and largest value of each row; 0 belongs to every range, as loaders and other quantizers assume.
+ISOBATH_SIMD_CLONES void range_of(const float* columns, int64_t stride, int64_t n, Floats& least,
+                                  Floats& most) {
+  least = most = Floats{};
+  for (int64_t j = 0; j < n; ++j) {
+    Floats w;
+    simd::load(w, columns + j * stride);
+    least = w < least ? w : least;
+    most = w > most ? w : most;
   }
-  return denominator > 0 ? numerator / denominator : 0;
 }
 
 GroupFitter::GroupFitter(const GridSpec& spec, int64_t n_columns, std::span<const float> importance)
     : spec_(spec),
       format_(storage_format(spec.storage)),
       n_columns_(n_columns),
-      n_padded_((n_columns + kLanes - 1) / kLanes * kLanes),
-      importance_(n_padded_, 0.0F),
-      weights_(n_padded_, 0.0F) {
+      importance_(static_cast<size_t>(n_columns), 0.0F) {
   ISOBATH_CHECK(importance.empty() || std::ssize(importance) == n_columns, "{} importances for {} columns",
                 importance.size(), n_columns);
   if (spec.clip_search) factors_ = shrink_factors(spec);
@@ -86,87 +86,142 @@ float storable_scale(const GridSpec& spec, const StorageFormat& format, float sc
   return std::clamp(round_to_storage(format, std::min(scale, largest)), format.smallest, largest);
 }
 
-RowGrid GroupFitter::min_max() const {
-  const auto span = static_cast<float>((1 << spec_.bits) - 1);
-  if (max_ == min_) return {1.0F, spec_.symmetric ? 0 : smallest_code(spec_)};
-  if (spec_.symmetric) return {storable(std::max(max_, -min_) / (span / 2)), 0};
-  const float scale = storable(max_ / span - min_ / span);
-  const float zero = static_cast<float>(smallest_code(spec_)) - min_ / scale;
-  return {scale, static_cast<int>(std::nearbyint(std::clamp(zero, static_cast<float>(smallest_code(spec_)),
-                                                            static_cast<float>(largest_code(spec_)))))};
-}
+struct GroupFitter::Search {
+  const float* columns;
+  int64_t stride;
+  Floats least, most, unit;
+  std::array<RowGrid, kLanes> best;
+  Floats best_error;
+  std::array<bool, kLanes> is_open;  ///< lanes whose grids are still looked for
 
-void GroupFitter::consider(RowGrid candidate) {
-  const float unit = 1.0F / std::max(max_, -min_);
-  const float error = weighted_error(weights_.data(), importance_.data(), n_padded_,
-                                     levels_of(spec_, candidate), unit, format_);
-  if (error < best_error_) {
-    best_error_ = error;
-    best_ = candidate;
-  }
-}
-
-void GroupFitter::search_symmetric() {
-  // The largest scale at which nothing is clipped; below it, range is traded for resolution.
-  const float start = std::max(max_ / static_cast<float>(largest_code(spec_)),
-                               min_ / static_cast<float>(smallest_code(spec_)));
-  float previous = 0;
-  for (const float factor : factors_) {
-    const float scale = storable(start * factor);
-    if (scale != previous) consider({scale, 0});
-    previous = scale;
-  }
-}
-
-void GroupFitter::search_asymmetric() {
-  const float start = (max_ - min_) / static_cast<float>((1 << spec_.bits) - 1);
-  float previous = 0;
-  for (const float factor : factors_) {
-    const float scale = storable(start * factor);
-    if (scale == previous) continue;
-    previous = scale;
-    const ZeroRange zeros = zero_candidates(spec_, min_, max_, scale);
-    for (int zero = zeros.first; zero < zeros.last; zero += zeros.step) consider({scale, zero});
-    consider({scale, zeros.last});
-  }
-}
-
-void GroupFitter::refine() {
-  for (int round = 0; round < kRefinements; ++round) {
-    const RowGrid before = best_;
-    const float scale =
-        least_squares_scale(weights_.data(), importance_.data(), n_padded_, levels_of(spec_, before));
-    if (!(scale > 0)) return;
-    consider({storable(scale), before.zero});
-    if (!spec_.symmetric) {
-      for (const int zero : {before.zero - 1, before.zero + 1}) {
-        if (zero >= smallest_code(spec_) && zero <= largest_code(spec_)) consider({storable(scale), zero});
-      }
+  /// Takes the candidate of each open lane where it is better than what the lane has. Whether any was.
+  bool consider(const GroupFitter& fitter, const std::array<RowGrid, kLanes>& candidates) {
+    const Candidates levels = levels_of(fitter.spec_, candidates);
+    Floats error;
+    weighted_error(columns, stride, fitter.importance_.data(), fitter.n_columns_, levels, unit,
+                   fitter.format_, error);
+    bool any = false;
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      if (!is_open[lane] || !(error[lane] < best_error[lane])) continue;
+      best_error[lane] = error[lane];
+      best[lane] = candidates[lane];
+      any = true;
     }
-    if (best_.scale == before.scale && best_.zero == before.zero) return;
+    return any;
+  }
+
+  static Candidates levels_of(const GridSpec& spec, const std::array<RowGrid, kLanes>& grids) {
+    Candidates levels;
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      levels.scale[lane] = grids[lane].scale;
+      levels.low[lane] = static_cast<float>(smallest_code(spec) - grids[lane].zero);
+      levels.high[lane] = static_cast<float>(largest_code(spec) - grids[lane].zero);
+    }
+    return levels;
+  }
+};
+
+static RowGrid min_max(const GridSpec& spec, const StorageFormat& format, float least, float most) {
+  const auto span = static_cast<float>((1 << spec.bits) - 1);
+  if (most == least) return {1.0F, spec.symmetric ? 0 : smallest_code(spec)};
+  if (spec.symmetric) return {storable_scale(spec, format, std::max(most, -least) / (span / 2)), 0};
+  const float scale = storable_scale(spec, format, most / span - least / span);
+  const float zero = static_cast<float>(smallest_code(spec)) - least / scale;
+  return {scale, static_cast<int>(std::nearbyint(std::clamp(zero, static_cast<float>(smallest_code(spec)),
+                                                            static_cast<float>(largest_code(spec)))))};
+}
+
+void GroupFitter::search_symmetric(Search& search) const {
+  // From the largest scale at which nothing is clipped; below it, range is traded for resolution.
+  std::array<RowGrid, kLanes> candidates;
+  for (const float factor : factors_) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const float start = std::max(search.most[lane] / static_cast<float>(largest_code(spec_)),
+                                   search.least[lane] / static_cast<float>(smallest_code(spec_)));
+      candidates[lane] = {storable_scale(spec_, format_, start * factor), 0};
+    }
+    search.consider(*this, candidates);
   }
 }
 
-RowGrid GroupFitter::fit(const float* weights) {
-  std::copy_n(weights, n_columns_, weights_.begin());
-  // 0 belongs to every range, as loaders and other quantizers assume.
-  min_ = std::min(0.0F, *std::min_element(weights, weights + n_columns_));
-  max_ = std::max(0.0F, *std::max_element(weights, weights + n_columns_));
-  best_ = min_max();
-  const float magnitude = std::max(max_, -min_);
-  if (!spec_.clip_search || magnitude < kSmallestSearched || magnitude > kLargestSearched) return best_;
-  const RowGrid first = best_;
-  best_error_ = std::numeric_limits<float>::infinity();
-  consider(first);
-  spec_.symmetric ? search_symmetric() : search_asymmetric();
-  refine();
-  return best_;
+void GroupFitter::search_asymmetric(Search& search) const {
+  std::array<RowGrid, kLanes> candidates;
+  std::array<ZeroRange, kLanes> zeros;
+  for (const float factor : factors_) {
+    int n_zeros = 0;
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const float least = search.least[lane], most = search.most[lane];
+      const float start = (most - least) / static_cast<float>((1 << spec_.bits) - 1);
+      candidates[lane].scale = storable_scale(spec_, format_, start * factor);
+      zeros[lane] = zero_candidates(spec_, least, most, candidates[lane].scale);
+      const ZeroRange& range = zeros[lane];
+      if (search.is_open[lane])
+        n_zeros = std::max(n_zeros, (range.last - range.first + range.step - 1) / range.step + 1);
+    }
+    for (int i = 0; i < n_zeros; ++i) {
+      for (int64_t lane = 0; lane < kLanes; ++lane)
+        candidates[lane].zero = std::min(zeros[lane].first + i * zeros[lane].step, zeros[lane].last);
+      search.consider(*this, candidates);
+    }
+  }
+}
+
+void GroupFitter::refine(Search& search) const {
+  for (int round = 0; round < kRefinements; ++round) {
+    const std::array<RowGrid, kLanes> before = search.best;
+    Floats scale;
+    least_squares_scale(search.columns, search.stride, importance_.data(), n_columns_,
+                        Search::levels_of(spec_, before), scale);
+    bool any = false;
+    for (const int shift : {0, -1, 1}) {
+      if (shift != 0 && spec_.symmetric) continue;
+      std::array<RowGrid, kLanes> candidates;
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const int zero = before[lane].zero + shift;
+        const bool exists = scale[lane] > 0 && zero >= smallest_code(spec_) && zero <= largest_code(spec_);
+        // What a lane already has is no improvement.
+        candidates[lane] = exists ? RowGrid{storable_scale(spec_, format_, scale[lane]), zero} : before[lane];
+      }
+      any |= search.consider(*this, candidates);
+    }
+    if (!any) return;
+  }
+}
+
+void GroupFitter::fit(const float* columns, int64_t stride, RowGrid* grids) {
+  Search search{.columns = columns,
+                .stride = stride,
+                .least = {},
+                .most = {},
+                .unit = {},
+                .best = {},
+                .best_error = {},
+                .is_open = {}};
+  range_of(columns, stride, n_columns_, search.least, search.most);
+  bool any_open = false;
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    search.best[lane] = min_max(spec_, format_, search.least[lane], search.most[lane]);
+    const float magnitude = std::max(search.most[lane], -search.least[lane]);
+    search.is_open[lane] =
+        spec_.clip_search && magnitude >= kSmallestSearched && magnitude <= kLargestSearched;
+    search.unit[lane] = search.is_open[lane] ? 1.0F / magnitude : 0.0F;
+    search.best_error[lane] = std::numeric_limits<float>::infinity();
+    any_open |= search.is_open[lane];
+  }
+  if (any_open) {
+    search.consider(*this, search.best);
+    spec_.symmetric ? search_symmetric(search) : search_asymmetric(search);
+    refine(search);
+  }
+  std::copy(search.best.begin(), search.best.end(), grids);
 }
 
 void encode_row(const GridSpec& spec, const RowGrid& grid, const float* weights, int64_t n, int8_t* codes) {
-  const Levels levels = levels_of(spec, grid);
+  const float inverse = 1.0F / grid.scale;
+  const auto low = static_cast<float>(smallest_code(spec) - grid.zero);
+  const auto high = static_cast<float>(largest_code(spec) - grid.zero);
   for (int64_t j = 0; j < n; ++j) {
-    const float code = std::min(std::max(weights[j] * levels.inverse, levels.low), levels.high);
+    const float code = std::min(std::max(weights[j] * inverse, low), high);
     codes[j] =
         static_cast<int8_t>(static_cast<int>((code + simd::kRoundShift) - simd::kRoundShift) + grid.zero);
   }

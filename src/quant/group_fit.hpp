@@ -1,4 +1,6 @@
 #pragma once
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <isobath/quant/grid.hpp>
 #include <span>
@@ -7,6 +9,9 @@
 #include "storage.hpp"
 
 namespace isobath::quant {
+
+/// Rows that a fit treats at once: the lanes of simd.hpp.
+inline constexpr int64_t kFitLanes = 16;
 
 /// The grid of one row for one group, with what the rounding loops need of it.
 struct RowGrid {
@@ -17,33 +22,44 @@ struct RowGrid {
 /// The nearest scale that a loader reads back as it is and whose largest step does not overflow; positive.
 [[nodiscard]] float storable_scale(const GridSpec& spec, const StorageFormat& format, float scale);
 
-/// Fits grids of many rows for one group of columns; holds the scratch memory. Not shared by threads.
+/// Fits grids of many rows for one group of columns, simd::kLanes rows at a time, one a vector lane. Holds
+/// scratch memory: not shared by threads.
 class GroupFitter {
  public:
   /// importance: one weight per column, or empty (uniform).
   GroupFitter(const GridSpec& spec, int64_t n_columns, std::span<const float> importance);
-  /// weights: n_columns contiguous values.
-  [[nodiscard]] RowGrid fit(const float* weights);
+  /// The value of row r in column j stands at columns[j · stride + r]; grids [kLanes].
+  void fit(const float* columns, int64_t stride, RowGrid* grids);
 
  private:
-  [[nodiscard]] float storable(float scale) const { return storable_scale(spec_, format_, scale); }
-  [[nodiscard]] RowGrid min_max() const;
-  void consider(RowGrid candidate);
-  void search_symmetric();
-  void search_asymmetric();
-  void refine();
+  struct Search;  ///< what the lanes have found so far
+  void search_symmetric(Search& search) const;
+  void search_asymmetric(Search& search) const;
+  void refine(Search& search) const;
 
   GridSpec spec_;
   StorageFormat format_;
   std::vector<float> factors_;
   int64_t n_columns_;
-  int64_t n_padded_;
-  std::vector<float> importance_;  ///< padded with zeros: padding adds nothing to an error
-  std::vector<float> weights_;
-  float min_ = 0, max_ = 0;
-  RowGrid best_;
-  float best_error_ = 0;
+  std::vector<float> importance_;
 };
+
+/// Fits the rows of w [n_rows, ≥ n_columns] row-major with `stride` between rows: calls take(row, grid) for
+/// each.
+template <class Take>
+void fit_rows(GroupFitter& fitter, const float* w, int64_t stride, int64_t n_rows, int64_t n_columns,
+              std::vector<float>& scratch, const Take& take) {
+  scratch.resize(static_cast<size_t>(n_columns * kFitLanes));
+  std::array<RowGrid, kFitLanes> grids;
+  for (int64_t begin = 0; begin < n_rows; begin += kFitLanes) {
+    const int64_t n = std::min(kFitLanes, n_rows - begin);
+    for (int64_t lane = 0; lane < kFitLanes; ++lane)
+      for (int64_t j = 0; j < n_columns; ++j)
+        scratch[static_cast<size_t>(j * kFitLanes + lane)] = lane < n ? w[(begin + lane) * stride + j] : 0.0F;
+    fitter.fit(scratch.data(), kFitLanes, grids.data());
+    for (int64_t lane = 0; lane < n; ++lane) take(begin + lane, grids[static_cast<size_t>(lane)]);
+  }
+}
 
 /// Codes of `n` weights on one grid: the nearest, clamped to the code range.
 void encode_row(const GridSpec& spec, const RowGrid& grid, const float* weights, int64_t n, int8_t* codes);

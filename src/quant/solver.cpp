@@ -92,17 +92,18 @@ QuantizedMatrix round_to_nearest(const at::Tensor& w, const at::Tensor& importan
   auto* scale = matrix.scale.mutable_data_ptr<float>();
   auto* zero = matrix.zero.mutable_data_ptr<int8_t>();
   at::parallel_for(0, groups, 1, [&](int64_t first, int64_t last) {
+    std::vector<float> scratch;
     for (int64_t group = first; group < last; ++group) {
       GroupFitter fitter(spec, width,
                          column_importance.defined() ? part_of(column_importance, group * width, width)
                                                      : std::span<const float>());
-      for (int64_t row = 0; row < n_rows; ++row) {
-        const int64_t at = row * n_columns + group * width;
-        const RowGrid grid = fitter.fit(from + at);
-        encode_row(spec, grid, from + at, width, codes + at);
-        scale[row * groups + group] = grid.scale;
-        zero[row * groups + group] = static_cast<int8_t>(grid.zero);
-      }
+      fit_rows(fitter, from + group * width, n_columns, n_rows, width, scratch,
+               [&](int64_t row, const RowGrid& grid) {
+                 const int64_t at = row * n_columns + group * width;
+                 encode_row(spec, grid, from + at, width, codes + at);
+                 scale[row * groups + group] = grid.scale;
+                 zero[row * groups + group] = static_cast<int8_t>(grid.zero);
+               });
     }
   });
   matrix.scale = matrix.scale.to(spec.storage);
@@ -137,7 +138,7 @@ class TileSolver {
         tile_(at::zeros({n_columns, kRowTile}, at::kFloat)),
         errors_(at::zeros({kBlock, kRowTile}, at::kFloat)),
         codes_(n_columns * kRowTile),
-        row_of_group_(width_) {
+        group_columns_(static_cast<size_t>(width_ * kRowTile)) {
     for (int64_t i = 0; i < n_columns && !is_permuted_; ++i) is_permuted_ = order_[i] != i;
   }
 
@@ -205,24 +206,25 @@ class TileSolver {
     tile_.narrow(0, end, n_later).addmm_(upper.t(), errors_.narrow(0, 0, n), 1, -1);
   }
 
-  void fit_current(int64_t group) {
-    GroupFitter fitter(spec_, width_, part_of(curvature_, group * width_, width_));
-    const auto* tile = tile_.const_data_ptr<float>() + group * width_ * kRowTile;
-    for (int64_t row = 0; row < kRowTile; ++row) {
-      for (int64_t j = 0; j < width_; ++j) row_of_group_[j] = tile[j * kRowTile + row];
-      grids_[group].set(row, fitter.fit(row_of_group_.data()), spec_);
-    }
-  }
+  void fit_current(int64_t group) { fit(group, tile_.const_data_ptr<float>() + group * width_ * kRowTile); }
 
   void fit_original(int64_t group, const float* weights, int64_t n_rows) {
-    GroupFitter fitter(spec_, width_, part_of(curvature_, group * width_, width_));
     const bool* dead = factor_.dead.const_data_ptr<bool>() + group * width_;
-    for (int64_t row = 0; row < kRowTile; ++row) {
-      for (int64_t j = 0; j < width_; ++j) {
+    for (int64_t j = 0; j < width_; ++j)
+      for (int64_t row = 0; row < kRowTile; ++row) {
         const bool is_zero = row >= n_rows || dead[j];
-        row_of_group_[j] = is_zero ? 0.0F : weights[row * n_columns_ + group * width_ + j];
+        group_columns_[j * kRowTile + row] = is_zero ? 0.0F : weights[row * n_columns_ + group * width_ + j];
       }
-      grids_[group].set(row, fitter.fit(row_of_group_.data()), spec_);
+    fit(group, group_columns_.data());
+  }
+
+  /// columns [width, kRowTile].
+  void fit(int64_t group, const float* columns) {
+    GroupFitter fitter(spec_, width_, part_of(curvature_, group * width_, width_));
+    std::array<RowGrid, kLanes> grids;
+    for (int64_t part = 0; part < kRowTile; part += kLanes) {
+      fitter.fit(columns + part, kRowTile, grids.data());
+      for (int64_t lane = 0; lane < kLanes; ++lane) grids_[group].set(part + lane, grids[lane], spec_);
     }
   }
 
@@ -237,7 +239,7 @@ class TileSolver {
   std::vector<TileGrids> grids_;
   at::Tensor tile_, errors_;
   std::vector<int8_t> codes_;
-  std::vector<float> row_of_group_;
+  std::vector<float> group_columns_;  ///< original weights of a group, when the order is permuted
 };
 
 QuantizedMatrix gptq(const at::Tensor& w, const Factor& factor, const GridSpec& spec) {
