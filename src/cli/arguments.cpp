@@ -40,12 +40,20 @@ struct Builder {
     return path;
   }
 
+  void trace(CLI::App* sub) {
+    sub->add_option(
+           "--trace", arguments.trace,
+           "Also writes a timeline of all ranks to this file, for chrome://tracing or ui.perfetto.dev.")
+        ->type_name("FILE");
+  }
+
   void stage(Command value, const std::string& name, const std::string& description,
              const std::string& example) {
     CLI::App* sub = command(value, name, description, example);
     config(sub)->required();
     sub->add_flag("--resume", arguments.resume,
                   "Continues the interrupted run in the configuration's output directory.");
+    trace(sub);
   }
 };
 
@@ -92,6 +100,7 @@ void add_commands(Builder& b) {
                 "Compares a quantized checkpoint with the original model on the evaluation tokens.",
                 "mpirun -n 4 isobath evaluate configs/quickstart.yaml --checkpoint runs/a/model");
   b.config(evaluate)->required();
+  b.trace(evaluate);
   auto* checkpoint = evaluate->add_option(
       "--checkpoint", a.checkpoints,
       "Checkpoint directory to evaluate; may be given several times, for one pass over the "

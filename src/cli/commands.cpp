@@ -14,6 +14,7 @@
 #include <isobath/pipeline/calibrate.hpp>
 #include <isobath/pipeline/run.hpp>
 #include <isobath/report/table.hpp>
+#include <isobath/report/timeline.hpp>
 
 namespace isobath::cli {
 namespace {
@@ -127,9 +128,7 @@ void version() {
                          kRevision, TORCH_VERSION, ISOBATH_MPI_LIBRARY, comm::device_backend_name()));
 }
 
-}  // namespace
-
-void execute(const Arguments& arguments, const comm::Communicator& world) {
+void dispatch(const Arguments& arguments, const comm::Communicator& world) {
   switch (arguments.command) {
     case Command::run:
       return pipeline::run(load_config(arguments, world), {Stage::measure, Stage::quantize, Stage::evaluate},
@@ -157,6 +156,20 @@ void execute(const Arguments& arguments, const comm::Communicator& world) {
     case Command::version:
       return version();
   }
+}
+
+}  // namespace
+
+void execute(const Arguments& arguments, const comm::Communicator& world) {
+  if (arguments.trace.empty()) return dispatch(arguments, world);
+  world.barrier();
+  trace::start();
+  dispatch(arguments, world);
+  const std::vector<std::string> ranks =
+      world.all_gather(report::timeline_of_rank(world.rank(), world.host(), trace::stop()));
+  world.agree_on([&] {
+    if (world.rank() == 0) io::write_text_atomically(arguments.trace, report::timeline(ranks));
+  });
 }
 
 }  // namespace isobath::cli

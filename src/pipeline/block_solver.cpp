@@ -4,6 +4,7 @@
 
 #include <isobath/core/log.hpp>
 #include <isobath/core/timer.hpp>
+#include <isobath/core/trace.hpp>
 #include <isobath/pipeline/share.hpp>
 #include <isobath/quant/correction.hpp>
 #include <isobath/quant/refine.hpp>
@@ -49,16 +50,17 @@ void BlockSolver::factorize(std::vector<SolverUnit>& units) const {
   const config::Asymmetric& asymmetric = session_.config.quantization.asymmetric;
   for (SolverUnit& unit : units) {
     if (world.rank() != unit.root) continue;
+    const trace::Span span("factorize");
     unit.factor = quant::factorize(unit.h, factor_spec_);
     if (unit.factor.failed || !asymmetric.is_on()) continue;
-    unit.correction = asymmetric.correction == "qep"
-                          ? quant::qep_correction(unit.c, unit.h, asymmetric.ridge)
-                          : quant::gptaq_correction(unit.c, unit.factor);
+    unit.correction = asymmetric.correction == "qep" ? quant::qep_correction(unit.c, unit.h, asymmetric.ridge)
+                                                     : quant::gptaq_correction(unit.c, unit.factor);
   }
   for (SolverUnit& unit : units) share(unit);
 }
 
 void BlockSolver::share(SolverUnit& unit) const {
+  const trace::Span span("factor to all ranks");
   const comm::Communicator& world = session_.world();
   const bool is_root = world.rank() == unit.root;
   std::array<int64_t, 3> counts{};
@@ -111,6 +113,7 @@ void BlockSolver::solve_rows(const SolverUnit& unit, const SolveTask& task, cons
   const int64_t n_tiles = (n_rows + quant::kRowTile - 1) / quant::kRowTile;
   const Range tiles = partition(n_tiles, world.size(), world.rank());
   at::Tensor objectives = at::zeros({n_tiles, 3}, at::kDouble);  // rounded, chosen, asymmetric
+  std::optional<trace::Span> span(std::in_place, "solve rows");
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
     const int64_t begin = tile * quant::kRowTile, end = std::min(n_rows, begin + quant::kRowTile);
     const at::Tensor original = weight.slice(0, begin, end).to(at::kCPU, at::kFloat).contiguous();
@@ -127,6 +130,7 @@ void BlockSolver::solve_rows(const SolverUnit& unit, const SolveTask& task, cons
     objectives[tile][1] = quant::objective(original, chosen, unit.h);
     if (unit.c.defined()) objectives[tile][2] = quant::asymmetric_objective(original, chosen, unit.h, unit.c);
   }
+  span.emplace("codes to all ranks");
   for (at::Tensor* part : {&matrix.codes, &matrix.scale, &matrix.zero, &objectives})
     share_disjoint(*part, world);
   // In the order of the tiles, whoever had them.

@@ -7,6 +7,7 @@
 #include <isobath/core/log.hpp>
 #include <isobath/core/stop_signal.hpp>
 #include <isobath/core/timer.hpp>
+#include <isobath/core/trace.hpp>
 #include <isobath/formats/compressed_tensors.hpp>
 #include <isobath/model/head.hpp>
 #include <isobath/pipeline/link.hpp>
@@ -83,6 +84,7 @@ std::vector<evaluate::Summary> evaluate_model(const Session& session, const Stag
                               world.rank() == 0);
     if (stage > 0 && mine.size() > 0) link.expect(shape, tensor_options);
     for (int64_t window = mine.begin; window < mine.end; ++window) {
+      const trace::Span span("evaluate window", window);
       const at::Tensor window_tokens = tokens.tokens.slice(0, window, window + 1).to(session.device);
       at::Tensor hidden;
       if (stage > 0) {

@@ -7,6 +7,7 @@
 #include <isobath/core/log.hpp>
 #include <isobath/core/stop_signal.hpp>
 #include <isobath/core/timer.hpp>
+#include <isobath/core/trace.hpp>
 #include <isobath/io/files.hpp>
 #include <isobath/model/head.hpp>
 #include <isobath/pipeline/block_observer.hpp>
@@ -69,11 +70,13 @@ class Stage {
       const data::Microbatch& microbatch = microbatches[static_cast<size_t>(step.microbatch)];
       const bool has_next = step.microbatch + 1 < n;
       if (step.kind == Step::Kind::forward) {
+        const trace::Span span("forward", microbatch.index);
         forward(microbatch);
         if (has_next && !is_entry()) expect_hidden(microbatches[static_cast<size_t>(step.microbatch + 1)]);
       } else {
         const bool closes_shard =
             !has_next || microbatches[static_cast<size_t>(step.microbatch + 1)].shard != microbatch.shard;
+        const trace::Span span("backward", microbatch.index);
         backward(microbatch, closes_shard, nll);
         if (has_next && !session_.is_last_stage())
           expect_gradient(microbatches[static_cast<size_t>(step.microbatch + 1)]);
@@ -100,11 +103,16 @@ class Stage {
     backward_.expect(shape, options());
   }
 
+  static at::Tensor arrived(Link& link) {
+    const trace::Span span("wait for a neighbour");
+    return link.take();
+  }
+
   void forward(const data::Microbatch& microbatch) {
     const at::NoGradGuard no_grad;
     at::Tensor hidden;
     if (!is_entry())
-      hidden = forward_.take();
+      hidden = arrived(forward_);
     else if (pass_.source)
       hidden = pass_.source(microbatch);
     else
@@ -139,7 +147,7 @@ class Stage {
       nll[microbatch.index][1] = static_cast<double>(loss.n_predicted);
       gradient = std::move(loss.gradient);
     } else {
-      gradient = backward_.take();
+      gradient = arrived(backward_);
     }
     for (int64_t block = blocks_.end - 1; block >= blocks_.begin; --block) {
       gradient = backward_through(block, kept.blocks.back(), gradient, microbatch, closes_shard);
@@ -267,6 +275,7 @@ MeasureResult measure(const Session& session, const CalibrationSet& calibration,
   std::string failure;
   ExitCode code = ExitCode::io;
   for (size_t i = 0; i < stage.observers().size(); ++i) {
+    const trace::Span span("reduce and write statistics", stage.blocks().begin + static_cast<int64_t>(i));
     const BlockStatistics statistics = stage.observers()[i].reduce();
     if (session.grid->replica() != 0 || !failure.empty()) continue;
     try {

@@ -1,5 +1,6 @@
 #include <ATen/ATen.h>
 
+#include <isobath/core/trace.hpp>
 #include <isobath/kernels/elementwise.hpp>
 #include <isobath/model/head.hpp>
 #include <isobath/pipeline/prefix_activations.hpp>
@@ -31,6 +32,7 @@ at::Tensor PrefixActivations::input(int set, const model::BlockWeights& weights,
 }
 
 void PrefixActivations::advance(int set, const model::BlockWeights& weights, int64_t block) {
+  const trace::Span span("forward of an input set", set);
   for (const data::Microbatch& microbatch : microbatches_) {
     const at::Tensor x = input(set, weights, microbatch.index);
     const auto apply = [&](Projection projection) { return model::apply_linear(x, weights[projection]); };

@@ -9,6 +9,7 @@
 #include <isobath/core/log.hpp>
 #include <isobath/core/stop_signal.hpp>
 #include <isobath/core/timer.hpp>
+#include <isobath/core/trace.hpp>
 #include <isobath/formats/compressed_tensors.hpp>
 #include <isobath/io/files.hpp>
 #include <isobath/pipeline/hidden_streams.hpp>
@@ -175,6 +176,7 @@ class QuantizePass {
 
   // Every rank works on every block: its owner sends the weights to all.
   [[nodiscard]] model::BlockWeights share_block(int64_t block) const {
+    const trace::Span span("weights to all ranks", block);
     const model::ModelConfig& model = session_.model();
     const int owner = owner_of_block(block);
     const auto options = at::TensorOptions().dtype(session_.dtype).device(session_.device);
@@ -205,6 +207,7 @@ class QuantizePass {
   }
 
   void quantize_block(int64_t block, report::Progress& progress) {
+    const trace::Span span("quantize block", block);
     const at::NoGradGuard no_grad;
     const Timer timer;
     model::BlockWeights weights = share_block(block);
@@ -261,6 +264,7 @@ class QuantizePass {
   }
 
   void write_block(int64_t block) {
+    const trace::Span span("write block", block);
     session_.world().agree_on([&] {
       if (session_.world().rank() == owner_of_block(block))
         new_outputs_.push_back(output_.write_block(block, matrices_));
@@ -298,6 +302,7 @@ class QuantizePass {
       std::vector<std::pair<std::string, at::Tensor>> tensors;
       if (state_.next_block < n_travelled_) tensors = streams_.state();
       const Timer timer;
+      const trace::Span span("checkpoint", state_.next_block);
       generations_.commit(state_, tensors, output_.partial_directory(), new_outputs_);
       new_outputs_.clear();
       events_.write("checkpoint", {{"next_block", state_.next_block}, {"seconds", timer.seconds()}});

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <isobath/comm/tree_sum.hpp>
+#include <isobath/core/trace.hpp>
 #include <isobath/sensitivity/covariance.hpp>
 #include <isobath/sensitivity/cross_covariance.hpp>
 #include <isobath/sensitivity/token_weights.hpp>
@@ -128,6 +129,7 @@ void accumulate(const Session& session, const CalibrationSet& calibration, std::
   for (size_t u = 0; u < units.size(); ++u)
     sums.push_back({comm::TreeSum(owners, world.rank()), comm::TreeSum(owners, world.rank()),
                     sensitivity::Covariance(n_channels, session.device), std::nullopt});
+  std::optional<trace::Span> span(std::in_place, "covariance");
   for_each_shard(
       for_each_input,
       [&](const data::Microbatch& microbatch, const at::Tensor& x, const at::Tensor& original) {
@@ -149,6 +151,7 @@ void accumulate(const Session& session, const CalibrationSet& calibration, std::
           sum.c.reset();
         }
       });
+  span.emplace("reduction of H");
   for (size_t u = 0; u < units.size(); ++u) {
     at::Tensor h = sums[u].h_tree.reduce_to(units[u].root, world);
     at::Tensor c = with_cross ? sums[u].c_tree.reduce_to(units[u].root, world) : at::Tensor();

@@ -50,6 +50,11 @@ TEST(Arguments, EveryCommandIsKnown) {
   EXPECT_EQ(std::get<Arguments>(parsed({"plan", "--calibrate", "--output", "o"})).cluster_output, "o");
 }
 
+TEST(Arguments, StagesTakeATimeline) {
+  for (const char* command : {"run", "measure", "quantize", "evaluate"})
+    EXPECT_EQ(std::get<Arguments>(parsed({command, "c", "--trace", "t.json"})).trace, "t.json") << command;
+}
+
 TEST(Arguments, EvaluateTakesACheckpointOrTheOriginal) {
   const auto a = std::get<Arguments>(parsed({"evaluate", "c", "--checkpoint", "d", "--json", "f"}));
   EXPECT_EQ(a.checkpoints, std::vector<std::string>{"d"});
