@@ -139,7 +139,10 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
   // The first stage makes the run directory; the later ones continue in it.
   const bool is_weighted =
       config.quantization.weighting == "sensitivity" && config.quantization.solver != "round_to_nearest";
-  const bool creates = contains(stages, Stage::measure) && !resume;
+  const bool needs_measure = is_weighted && config.sensitivity.reuse.empty();
+  const bool creates = !resume && (contains(stages, Stage::measure) ||
+                                   (contains(stages, Stage::quantize) && !needs_measure &&
+                                    !world.any(fs::exists(fs::path(config.output) / "run.json"))));
   checkpoint::RunDirectory directory(
       config.output,
       creates ? checkpoint::RunDirectory::Mode::create : checkpoint::RunDirectory::Mode::resume, fingerprint,
@@ -184,7 +187,7 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
   // block
   const fs::path quantized = directory.path() / "model";
   if (contains(stages, Stage::quantize) && !directory.is_complete("quantize")) {
-    if (is_weighted && config.sensitivity.reuse.empty()) require_finished(directory, "measure", world);
+    if (needs_measure) require_finished(directory, "measure", world);
     // A crash between the last rename and its mark leaves a whole model: it is taken as it is.
     if (!world.any(fs::exists(quantized / "config.json")))
       closing.quantized =
