@@ -5,9 +5,8 @@
 int main(int argc, char** argv) {
   // Activations come and go by the megabyte: without this each one is mapped, zeroed page by page and
   // unmapped again.
-  constexpr int kKeptBytes = 1 << 30;
-  mallopt(M_MMAP_THRESHOLD, kKeptBytes);
-  mallopt(M_TRIM_THRESHOLD, kKeptBytes);
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);  // the most that older C libraries take
+  mallopt(M_TRIM_THRESHOLD, 1 << 30);
   isobath::comm::Runtime runtime(argc, argv);
   return isobath::cli::guarded_main(argc, argv, runtime);
 }
