@@ -130,7 +130,7 @@ TEST(Work, RefinementAndCorrectionByHand) {
   EXPECT_EQ(refine_rows(70, 256, quantization).thin_flops, 2.0 * 128 * 256 * (256 + 2 * (2 * 256 + 7 * 64)));
 
   // Cholesky and two solves, or two products.
-  EXPECT_EQ(correction(3, {.correction = "qep"}).f64_factor_flops, 9 + 2 * 27);
+  EXPECT_DOUBLE_EQ(correction(3, {.correction = "qep"}).f64_factor_flops, 9 + 2 * 27);
   EXPECT_EQ(correction(3, {.correction = "gptaq"}).f64_gemm_flops, 2 * 2 * 27);
   // W + W·M and the third objective in f32; C in f64.
   EXPECT_EQ(correct_rows(64, 16).thin_flops, 2 * 2 * 64 * 16 * 16);
