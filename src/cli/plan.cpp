@@ -45,7 +45,7 @@ ordered_json to_json(const std::vector<plan::RankMemory>& stages) {
   for (const plan::RankMemory& memory : stages) {
     ordered_json entry{{"device_bytes", memory.device_bytes()},
                        {"host_bytes", memory.host_bytes()},
-                       {"one_rank_extra_bytes", memory.one_rank_bytes}};
+                       {"factorizing_extra_bytes", memory.root_bytes}};
     for (const auto& item : memory.items)
       entry["items"][item.name] = {{"device_bytes", item.device_bytes}, {"host_bytes", item.host_bytes}};
     list.push_back(std::move(entry));

@@ -89,8 +89,9 @@ std::string plan_text(const config::RunConfig& config, const plan::Plan& plan) {
   text += memory_table("quantize", plan, plan.quantize_memory);
   text += memory_table("evaluate", plan, plan.evaluate_memory);
   if (!plan.quantize_memory.empty())
-    text += fmt::format("and {} GiB more on the rank that factorizes\n",
-                        gib(plan.quantize_memory.front().one_rank_bytes));
+    text += fmt::format("and up to {} GiB more on a rank that factorizes, {} on the ranks of a node\n",
+                        gib(plan.quantize_memory.front().root_bytes),
+                        gib(plan.quantize_memory.front().node_root_bytes));
   if (cluster.has_devices())
     text += fmt::format("largest device: {} of {:g} GiB ({}); ", gib(plan.need.device_bytes),
                         cluster.memory.device_gib, plan.need.device_stage);

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <isobath/core/error.hpp>
 #include <isobath/model/balance.hpp>
+#include <isobath/model/block.hpp>
 #include <utility>
 
 namespace isobath::model {
@@ -70,6 +71,18 @@ std::vector<Range> balance_stages(const ModelConfig& config, int64_t length, int
   }
   stages.push_back({n_blocks - best_last, n_blocks});
   return stages;
+}
+
+int64_t shards_per_segment(int64_t n_microbatches, int64_t n_shards, int64_t n_stages) {
+  constexpr int64_t kMicrobatchesPerStage = 8;
+  const int64_t microbatches_per_shard = std::max<int64_t>(1, n_microbatches / n_shards);
+  return std::max<int64_t>(1, kMicrobatchesPerStage * n_stages / microbatches_per_shard);
+}
+
+int64_t count_kept_blocks(const ModelConfig& config, int64_t n_tokens, int64_t element_size,
+                          int64_t in_flight, double limit_gib) {
+  const int64_t bytes = in_flight * activation_bytes(config, n_tokens, element_size);
+  return static_cast<int64_t>(limit_gib * 0x1p30 / static_cast<double>(bytes));
 }
 
 }  // namespace isobath::model

@@ -11,8 +11,9 @@
 #include <isobath/core/timer.hpp>
 #include <isobath/formats/packing.hpp>
 #include <isobath/io/files.hpp>
+#include <isobath/kernels/attention.hpp>
 #include <isobath/kernels/elementwise.hpp>
-#include <isobath/model/block.hpp>
+#include <isobath/kernels/gram.hpp>
 #include <isobath/plan/cluster.hpp>
 #include <isobath/plan/work.hpp>
 #include <isobath/quant/factor.hpp>
@@ -82,40 +83,33 @@ class Calibration {
     return world_.all_reduce(median_s(action), comm::Reduce::max);
   }
 
-  /// Of rank 0 while the others wait, as in the steps of the quantize pass that one rank does.
-  template <class Action>
-  double seconds_of_one_rank(const Action& action) {
-    world_.barrier();
-    return world_.all_reduce(world_.rank() == 0 ? median_s(action) : 0.0, comm::Reduce::max);
-  }
-
   void products() {
     const at::Tensor x = at::randn({kTokens, kWide}), w = at::randn({kWide, kWide});
     const double flops = 2.0 * kTokens * kWide * kWide;
     const at::Tensor x_bf16 = x.to(at::kBFloat16), w_bf16 = w.to(at::kBFloat16);
     cluster_.compute.bf16_tflops = flops / seconds_of([&] { (void)at::linear(x_bf16, w_bf16); }) / 1e12;
-    // A panel of the covariance, the f32 product of the quantize pass.
+    // A panel of the covariance as ATen multiplies it.
     at::Tensor panel = at::zeros({kWide, 256});
     const at::Tensor columns = x.slice(1, 0, 256);
     cluster_.compute.f32_tflops =
         2.0 * kTokens * kWide * 256 / seconds_of([&] { panel.addmm_(x.t(), columns); }) / 1e12;
-    const at::Tensor q = at::randn({1, kHeads, kTokens, kHeadDim}).to(at::kBFloat16);
-    const at::Tensor k = at::randn({1, kKeyHeads, kTokens, kHeadDim}).to(at::kBFloat16);
-    // 4 T² d_query for both products, half of it above the diagonal.
-    const double attention = 2.0 * kTokens * kTokens * kHeads * kHeadDim;
-    cluster_.compute.attention_tflops =
-        attention / seconds_of([&] {
-          (void)at::scaled_dot_product_attention(q, k, k, std::nullopt, 0.0, true, std::nullopt, true);
-        }) /
-        1e12;
+    if (kernels::has_gram(x_bf16)) {
+      at::Tensor upper = at::zeros({kWide, kWide});
+      const at::Tensor roots = at::rand({kTokens});
+      const model::ModelConfig any;
+      const plan::Shapes shapes = plan::Shapes::of(any, /*computes_bf16=*/true, /*has_kernels=*/true);
+      cluster_.compute.covariance_tflops =
+          plan::covariance_add(shapes, kTokens, kWide).covariance_flops /
+          seconds_of([&] { (void)kernels::add_gram(upper, x_bf16, roots); }) / 1e12;
+    }
+    attention();
     const at::Tensor square = at::randn({kChannels, kChannels}, at::kDouble);
     const double cube = static_cast<double>(kChannels) * kChannels * kChannels;
-    cluster_.host.f64_gemm_tflops =
-        2 * cube / seconds_of_one_rank([&] { (void)at::mm(square, square); }) / 1e12;
+    cluster_.host.f64_gemm_tflops = 2 * cube / seconds_of([&] { (void)at::mm(square, square); }) / 1e12;
     // The two LAPACK and BLAS calls of quant::factorize; its passes over memory are counted on their own.
     const at::Tensor identity = at::eye(kChannels, at::kDouble);
     const at::Tensor positive = at::mm(square, square.t()) + static_cast<double>(kChannels) * identity;
-    cluster_.host.f64_factor_tflops = plan::factorize(kChannels).f64_factor_flops / seconds_of_one_rank([&] {
+    cluster_.host.f64_factor_tflops = plan::factorize(kChannels).f64_factor_flops / seconds_of([&] {
                                         const at::Tensor lower =
                                             std::get<0>(at::linalg_cholesky_ex(positive));
                                         (void)at::linalg_solve_triangular(lower, identity, /*upper=*/false);
@@ -127,11 +121,35 @@ class Calibration {
         2.0 * 4096 * 128 * 64 / seconds_of([&] { tile.addmm_(upper.t(), errors, 1, -1); }) / 1e12;
   }
 
+  // As model::attend calls it, rotation and all where the kernel does it.
+  void attention() {
+    const at::Tensor q = at::randn({1, kTokens, kHeads * kHeadDim}).to(at::kBFloat16);
+    const at::Tensor k = at::randn({1, kTokens, kKeyHeads * kHeadDim}).to(at::kBFloat16);
+    const at::Tensor angles = at::randn({kTokens, kHeadDim});
+    const kernels::AttentionSpec spec{kHeads, kKeyHeads, kHeadDim, angles.cos(), angles.sin()};
+    const auto heads = [](const at::Tensor& x) {
+      return x.unflatten(-1, {-1, kHeadDim}).transpose(1, 2).contiguous();
+    };
+    const at::Tensor queries = heads(q), keys = heads(k);
+    // 4 T² d_query for both products, half of it above the diagonal.
+    const double flops = 2.0 * kTokens * kTokens * kHeads * kHeadDim;
+    const bool has_kernel = kernels::has_attention(spec, q);
+    cluster_.compute.attention_tflops =
+        flops / seconds_of([&] {
+          if (has_kernel)
+            (void)kernels::attention(spec, q, k, k);
+          else
+            (void)at::scaled_dot_product_attention(queries, keys, keys, std::nullopt, 0.0, true, std::nullopt,
+                                                   true);
+        }) /
+        1e12;
+  }
+
   void elementwise() {
     const at::Tensor x = at::randn({kTokens, kWide}).to(at::kBFloat16),
                      weight = at::ones({kWide}, at::kBFloat16);
-    // Bytes as plan/work.cpp counts them for bf16: a norm 32 and a gate 10 a channel.
-    cluster_.compute.memory_gbs = (32.0 + 10.0) * kTokens * kWide / seconds_of([&] {
+    const plan::Passes passes = plan::Passes::of(2, cluster_.has_kernels());
+    cluster_.compute.memory_gbs = (passes.norm + passes.gate) * kTokens * kWide / seconds_of([&] {
                                     (void)kernels::rms_norm(x, weight, 1e-5);
                                     (void)kernels::gated(x, x);
                                   }) /

@@ -9,6 +9,7 @@
 #include <isobath/core/timer.hpp>
 #include <isobath/core/trace.hpp>
 #include <isobath/io/files.hpp>
+#include <isobath/model/balance.hpp>
 #include <isobath/model/head.hpp>
 #include <isobath/pipeline/block_observer.hpp>
 #include <isobath/pipeline/link.hpp>
@@ -19,11 +20,6 @@
 
 namespace isobath::pipeline {
 namespace {
-
-// Between segments the pipeline drains and the ranks look for a stop request: long enough that the drain
-// costs (stages − 1) / (8 · stages) < 1/8 of a segment at the very most, short enough to stop within a
-// scheduler's grace.
-constexpr int64_t kMicrobatchesPerSegmentAndStage = 8;
 
 /// The blocks of one stage, driven by the steps of the schedule.
 class Stage {
@@ -181,10 +177,9 @@ class Stage {
   [[nodiscard]] int64_t count_kept_blocks() const {
     const int64_t in_flight = session_.grid->shape().stages - session_.grid->stage();
     const int64_t n_tokens = session_.config.calibration.microbatch * calibration_.tokens.length();
-    const int64_t bytes = model::activation_bytes(session_.model(), n_tokens,
-                                                  static_cast<int64_t>(c10::elementSize(session_.dtype)));
-    const double limit = session_.config.ranks.activation_gib * 0x1p30;
-    return static_cast<int64_t>(limit / static_cast<double>(in_flight * bytes));
+    return model::count_kept_blocks(session_.model(), n_tokens,
+                                    static_cast<int64_t>(c10::elementSize(session_.dtype)), in_flight,
+                                    session_.config.ranks.activation_gib);
   }
 
   const Session& session_;
@@ -241,11 +236,8 @@ MeasureResult measure(const Session& session, const CalibrationSet& calibration,
   const data::ShardPlan& shards = calibration.shards;
   const std::vector<data::Microbatch> mine = shards.microbatches_of(session.grid->replica(), shape.replicas);
   const auto n_microbatches = static_cast<int64_t>(shards.microbatches().size());
-  const int64_t microbatches_per_shard = std::max<int64_t>(1, n_microbatches / shards.n_shards());
-  const int64_t shards_per_segment =
-      std::max<int64_t>(1, kMicrobatchesPerSegmentAndStage * shape.stages / microbatches_per_shard);
-  const int64_t n_segments =
-      (shards.shards_of(0, shape.replicas).size() + shards_per_segment - 1) / shards_per_segment;
+  const int64_t per_segment = model::shards_per_segment(n_microbatches, shards.n_shards(), shape.stages);
+  const int64_t n_segments = (shards.shards_of(0, shape.replicas).size() + per_segment - 1) / per_segment;
   at::Tensor nll = at::zeros({n_microbatches, 2}, at::kDouble);  // sum and count of each microbatch
 
   {
@@ -255,8 +247,8 @@ MeasureResult measure(const Session& session, const CalibrationSet& calibration,
         world.rank() == session.grid->world_rank(session.stage_of(pass.first_block), 0));
     const Range my_shards = shards.shards_of(session.grid->replica(), shape.replicas);
     for (int64_t segment = 0; segment < n_segments; ++segment) {
-      const Range now{my_shards.begin + segment * shards_per_segment,
-                      std::min(my_shards.end, my_shards.begin + (segment + 1) * shards_per_segment)};
+      const Range now{my_shards.begin + segment * per_segment,
+                      std::min(my_shards.end, my_shards.begin + (segment + 1) * per_segment)};
       const auto begin =
           std::find_if(mine.begin(), mine.end(), [&](const auto& m) { return m.shard >= now.begin; });
       const auto end =

@@ -27,7 +27,7 @@ double host_bytes(const plan::Plan& plan, const std::string& stage) {
   double most = 0;
   if (stage == "load") return most;
   for (const plan::RankMemory& memory : ranks)
-    most = std::max(most, memory.host_bytes() + memory.one_rank_bytes +
+    most = std::max(most, memory.host_bytes() + memory.root_bytes +
                               (plan.cluster.has_devices() ? 0 : memory.device_bytes()));
   return most;
 }

@@ -10,7 +10,7 @@
 namespace isobath::plan {
 namespace {
 
-enum class Need { always, with_devices, optional };
+enum class Need { always, with_devices, with_kernels, optional };
 
 /// One number of a cluster description: the source of parsing, writing and documentation.
 struct Field {
@@ -54,6 +54,9 @@ const std::vector<Field>& fields() {
           "compute.f32_tflops", "TFLOP/s", "f32 matrix product of one rank", always,
           [](auto& c) -> auto& { return c.compute.f32_tflops; }),
       number(
+          "compute.covariance_tflops", "TFLOP/s", "bf16 covariance kernel of one rank, what it executes",
+          with_kernels, [](auto& c) -> auto& { return c.compute.covariance_tflops; }),
+      number(
           "compute.attention_tflops", "TFLOP/s", "attention of one rank, causal pairs counted", always,
           [](auto& c) -> auto& { return c.compute.attention_tflops; }),
       number(
@@ -68,11 +71,10 @@ const std::vector<Field>& fields() {
       number(
           "host.threads", "threads", "of one rank", always, [](auto& c) -> auto& { return c.host.threads; }),
       number(
-          "host.f64_factor_tflops", "TFLOP/s",
-          "f64 Cholesky and triangular solve of one rank, the others waiting", always,
+          "host.f64_factor_tflops", "TFLOP/s", "f64 Cholesky and triangular solve of one rank", always,
           [](auto& c) -> auto& { return c.host.f64_factor_tflops; }),
       number(
-          "host.f64_gemm_tflops", "TFLOP/s", "f64 matrix product of one rank, the others waiting", always,
+          "host.f64_gemm_tflops", "TFLOP/s", "f64 matrix product of one rank (asymmetric correction)", always,
           [](auto& c) -> auto& { return c.host.f64_gemm_tflops; }),
       number(
           "host.f32_thin_tflops", "TFLOP/s", "f32 product with 64 columns of one rank", always,
@@ -122,6 +124,9 @@ const std::vector<Field>& fields() {
       number(
           "efficiency.f32_gemm", "", "share of compute.f32_tflops", optional,
           [](auto& c) -> auto& { return c.efficiency.f32_gemm; }),
+      number(
+          "efficiency.covariance", "", "share of compute.covariance_tflops", optional,
+          [](auto& c) -> auto& { return c.efficiency.covariance; }),
       number(
           "efficiency.attention", "", "share of compute.attention_tflops", optional,
           [](auto& c) -> auto& { return c.efficiency.attention; }),
@@ -271,6 +276,7 @@ std::string cluster_yaml(const Cluster& cluster, const std::string& comment) {
   std::string section;
   for (const Field& field : fields()) {
     if (field.need == Need::with_devices && !cluster.has_devices()) continue;
+    if (field.need == Need::with_kernels && !cluster.has_kernels()) continue;
     const size_t dot = field.key.find('.');
     const std::string of_key = dot == std::string::npos ? "" : field.key.substr(0, dot);
     if (of_key != section) text += of_key + ":\n";
@@ -290,7 +296,9 @@ std::string cluster_keys_markdown() {
     text += fmt::format("| `{}` | {} | {}{} |\n", field.key, field.unit, field.meaning,
                         field.need == Need::optional       ? " (default 1)"
                         : field.need == Need::with_devices ? " (only with cuda)"
-                                                           : "");
+                        : field.need == Need::with_kernels
+                            ? " (only with cpu and AVX-512 BF16; without it ATen's operations are counted)"
+                            : "");
   return text;
 }
 

@@ -6,12 +6,6 @@
 #include <isobath/quant/grid.hpp>
 
 namespace isobath::plan {
-namespace {
-
-// pipeline/measure.cpp: shards are run in segments of about this many microbatches a stage.
-constexpr int64_t kMicrobatchesPerSegmentAndStage = 8;
-
-}  // namespace
 
 int Layout::stage_of(int64_t block) const {
   for (size_t stage = 0; stage < blocks.size(); ++stage)
@@ -44,10 +38,8 @@ Layout Layout::of(const config::Calibration& calibration, const model::ModelConf
     }
     if (of_rank.contains(shard)) layout.sequences_per_rank += size;
   }
-  const int64_t microbatches_per_shard = std::max<int64_t>(1, n_microbatches / layout.n_shards);
-  const int64_t shards_per_segment =
-      std::max<int64_t>(1, kMicrobatchesPerSegmentAndStage * stages / microbatches_per_shard);
-  layout.segments = (layout.shards_per_replica + shards_per_segment - 1) / shards_per_segment;
+  const int64_t per_segment = model::shards_per_segment(n_microbatches, layout.n_shards, stages);
+  layout.segments = (layout.shards_per_replica + per_segment - 1) / per_segment;
   return layout;
 }
 
@@ -65,7 +57,7 @@ Job::Job(const config::RunConfig& config, const model::ModelConfig& model, const
       cluster(cluster),
       layout(Layout::of(config.calibration, model, stages, replicas)),
       computes_bf16(plan::computes_bf16(config, model, cluster)),
-      shapes(Shapes::of(model, computes_bf16)) {}
+      shapes(Shapes::of(model, computes_bf16, computes_bf16 && cluster.has_kernels())) {}
 
 double Job::token_weight_bytes() const {
   return 4.0 * model::kProjections * static_cast<double>(config.sensitivity.row_groups) * n_tokens();
@@ -74,6 +66,22 @@ double Job::token_weight_bytes() const {
 int64_t Job::units_of(int set) const {
   const auto n_modules = static_cast<int64_t>(model::input_set(set).size());
   return is_weighted() ? n_modules * config.sensitivity.row_groups : 1;
+}
+
+int64_t Job::kept_blocks(int stage) const {
+  const int64_t n_blocks = layout.blocks[static_cast<size_t>(stage)].size();
+  return std::min(n_blocks,
+                  model::count_kept_blocks(model, config.calibration.microbatch * config.calibration.length,
+                                           static_cast<int64_t>(shapes.element_bytes), layout.stages - stage,
+                                           config.ranks.activation_gib));
+}
+
+double Job::hidden_bytes() const {
+  return static_cast<double>(streams()) * n_tokens() * shapes.d * shapes.element_bytes;
+}
+
+int64_t Job::units_of_root(int set) const {
+  return (units_of(set) + layout.n_ranks() - 1) / layout.n_ranks();
 }
 
 double Job::quantized_block_bytes(int64_t block) const {

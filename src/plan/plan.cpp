@@ -71,7 +71,7 @@ DiskNeed disk_need(const Job& job) {
       for (int64_t at = reestimate.blocks; at < job.model.n_blocks; at += reestimate.blocks)
         disk.restatistics_bytes += (n_blocks - static_cast<double>(at)) * job.token_weight_bytes();
   }
-  if (job.uses_covariance()) disk.generation_bytes = job.n_tokens() * job.shapes.d * job.shapes.element_bytes;
+  if (job.uses_covariance()) disk.generation_bytes = job.hidden_bytes();
   disk.keep = static_cast<double>(job.config.checkpoint.keep);
   return disk;
 }

@@ -20,10 +20,11 @@ double step_s(const Job& job, int stage, int entry_stage, int64_t first_block) {
   const double n = job.mean_microbatch() * job.length();
   const Range range = layout.blocks[static_cast<size_t>(stage)];
   const auto n_blocks = static_cast<double>(range.end - std::max(range.begin, first_block));
-  Work work = n_blocks * (forward_block(job.shapes, n, job.length()) +
-                          backward_block(job.shapes, n, job.length(), sensitivity));
+  const double n_recomputed = std::max(0.0, n_blocks - static_cast<double>(job.kept_blocks(stage)));
+  Work work = (n_blocks + n_recomputed) * forward_block(job.shapes, n, job.length()) +
+              n_blocks * backward_block(job.shapes, n, job.length(), sensitivity);
   if (stage == entry_stage) work.traffic_bytes += 2 * n * job.shapes.d * job.shapes.element_bytes;
-  if (stage + 1 == layout.stages) work += head_loss(job.shapes, n, static_cast<double>(sensitivity.samples));
+  if (stage + 1 == layout.stages) work += head_loss(job.shapes, n, sensitivity);
   return seconds_of(job, work);
 }
 
@@ -56,20 +57,24 @@ class BlockTime {
       rows(set);
     }
     finish();
-    stage.compute_s += covariance_ + factor_ + rows_ + objective_ + forward_ + pack_;
+    stage.compute_s +=
+        covariance_ + factor_ + rows_ + refinement_ + correction_ + objective_ + forward_ + pack_;
     stage.communication_s += weights_ + reduction_ + factor_out_ + codes_;
     stage.disk_s += disk_;
-    return {{"weights to all ranks", weights_},
-            {"forward", forward_},
-            {"covariance", covariance_},
-            {"reduction of H", reduction_},
-            {"factorization (one rank)", factor_},
-            {"factor to all ranks", factor_out_},
-            {"codes of the rows", rows_},
-            {"codes to all ranks", codes_},
-            {"objective (one rank)", objective_},
-            {"packing (one rank)", pack_},
-            {"token weights and block to disk", disk_}};
+    std::vector<std::pair<std::string, double>> parts{{"weights to all ranks", weights_},
+                                                      {"forward", forward_},
+                                                      {"covariance", covariance_},
+                                                      {"reduction of H", reduction_},
+                                                      {"factorization", factor_},
+                                                      {"H and factor to all ranks", factor_out_},
+                                                      {"codes of the rows", rows_},
+                                                      {"codes to all ranks", codes_},
+                                                      {"objective before and after", objective_},
+                                                      {"packing (one rank)", pack_},
+                                                      {"token weights and block to disk", disk_}};
+    if (job_.refines()) parts.emplace_back("refinement", refinement_);
+    if (job_.is_asymmetric()) parts.emplace_back("asymmetric correction", correction_);
+    return parts;
   }
 
  private:
@@ -83,11 +88,14 @@ class BlockTime {
     if (job_.is_weighted()) disk_ += read_s(job_.cluster, job_.token_weight_bytes() * nodes(), job_.nodes());
   }
 
-  // A fourth of the norms, rotations and sums for each set; the linears and attention where they are.
+  // A fourth of the norms, rotations and sums for each set; the linears and attention where they are. Where
+  // the input of a set is a norm, each visit makes it again: H, the traces, and the pass itself.
   void forward(int set) {
     if (!job_.uses_covariance()) return;
     Work all = forward_block(job_.shapes, local_tokens(), job_.length());
-    Work work{.traffic_bytes = all.traffic_bytes / model::kInputSets,
+    const double norms_again = set % 2 == 0 ? (shrinks() ? 2 : 1) : 0;
+    Work work{.traffic_bytes = all.traffic_bytes / model::kInputSets +
+                               norms_again * local_tokens() * job_.shapes.passes.norm * job_.shapes.d,
               .n_operations =
                   all.n_operations / model::kInputSets * static_cast<double>(job_.layout.sequences_per_rank)};
     for (const model::Projection p : model::input_set(set)) {
@@ -96,7 +104,10 @@ class BlockTime {
           2 * local_tokens() * static_cast<double>(shape.rows) * static_cast<double>(shape.columns);
     }
     if (set == 0) work.attention_flops = all.attention_flops;
-    forward_ += time(work);
+    // HiddenStreams::deviation: both to f32, difference, squares, once a block.
+    const double compared = job_.is_asymmetric() && set == 0 ? 2 * job_.shapes.element_bytes + 44 : 0;
+    forward_ += static_cast<double>(job_.streams()) * time(work) +
+                time({.traffic_bytes = compared * local_tokens() * job_.shapes.d});
   }
 
   void accumulate(int set) {
@@ -104,40 +115,56 @@ class BlockTime {
     const auto units = static_cast<double>(job_.units_of(set));
     const auto n_local_shards = static_cast<double>(job_.layout.shards_per_rank);
     Work work = covariance_add(job_.shapes, local_tokens(), d) + n_local_shards * covariance_close(d);
-    work.host_traffic_bytes += (n_local_shards - 1) * 12 * d * d;  // TreeSum::add on this rank
-    covariance_ += units * time(work);
-    for (int64_t unit = 0; unit < job_.units_of(set); ++unit)
-      reduction_ += tree_sum_s(job_, 4 * d * d, unit % job_.layout.n_ranks() != 0);
+    const Work tree_add{.host_traffic_bytes = (n_local_shards - 1) * 12 * d * d};  // on this rank
+    covariance_ += units * time(work + tree_add);
+    if (shrinks()) covariance_ += time(trace_pass(job_.shapes, local_tokens(), d));
+    if (job_.is_asymmetric())
+      correction_ += units * time(cross_covariance_add(job_.shapes, local_tokens(), d) +
+                                  n_local_shards * cross_covariance_close(d) + tree_add);
+    // Roots rotate: all but one in n_ranks need the move from rank 0.
+    const double matrices = job_.is_asymmetric() ? 2 : 1;
+    reduction_ += matrices * units * tree_sum_s(job_, 4 * d * d, job_.layout.n_ranks() > 1);
   }
 
-  // Each unit's root factorizes while the others wait for its broadcast: units follow one another.
+  // All roots factorize their own units at once; then each unit's matrices go to all ranks in turn.
   void factorize_all(int set) {
     const double d = channels(set);
     const auto units = static_cast<double>(job_.units_of(set));
-    factor_ += units * time(factorize(d));
-    factor_out_ += units * broadcast_s(job_, Buffers::host, 4 * d * d + 13 * d);
+    const auto mine = static_cast<double>(job_.units_of_root(set));
+    const config::Asymmetric& asymmetric = job_.config.quantization.asymmetric;
+    factor_ += mine * time(factorize(d));
+    factor_out_ += units * broadcast_s(job_, Buffers::host, 8 * d * d + 13 * d);
+    if (job_.is_asymmetric()) {
+      correction_ += mine * time(correction(d, asymmetric));
+      factor_out_ += units * broadcast_s(job_, Buffers::host, 8 * d * d);
+    }
+    if (job_.refines()) refinement_ += units * time(damped_hessian(d));
   }
 
   void rows(int set) {
     const double d = channels(set);
     const config::Quantization& q = job_.config.quantization;
-    const double ranks = job_.uses_covariance() ? static_cast<double>(job_.layout.n_ranks()) : 1;
+    const auto ranks = static_cast<double>(job_.layout.n_ranks());
+    const double groups = job_.is_weighted() ? static_cast<double>(job_.config.sensitivity.row_groups) : 1;
     for (const model::Projection p : model::input_set(set)) {
       const auto shape = model::module_shape(job_.model, p);
       const auto n_rows = static_cast<double>(shape.rows);
-      const double n_tiles = std::ceil(n_rows / 64);
-      const double mine = std::min(n_rows, 64 * std::ceil(n_tiles / ranks));
+      // Each row group's tiles are shared by all ranks.
+      const double group_rows = std::ceil(n_rows / groups);
+      const double mine = groups * std::min(group_rows, 64 * std::ceil(std::ceil(group_rows / 64) / ranks));
       const double element = job_.shapes.element_bytes;
       if (job_.uses_covariance()) {
         rows_ += time(solve_rows(mine, d, q) + Work{.host_link_bytes = element * mine * d});
         codes_ += all_reduce_s(job_, n_rows * d * (1 + (element + 1) / group_columns(d)));
-        objective_ += time(score(n_rows, d, q, job_.cluster.host.threads) +
-                           Work{.host_link_bytes = element * n_rows * d});
+        objective_ += time(score(mine, d, q, job_.cluster.host.threads));
+        if (job_.refines()) refinement_ += time(refine_rows(mine, d, q));
+        if (job_.is_asymmetric()) correction_ += time(correct_rows(mine, d));
       } else {
+        // Every rank rounds all rows; H is the identity.
         const Work all = score(n_rows, d, q, job_.cluster.host.threads);
         rows_ += time({.candidates = all.candidates});
         objective_ += time(
-            {.f64_gemm_flops = all.f64_gemm_flops / 2, .host_traffic_bytes = all.host_traffic_bytes / 2});
+            {.thin_flops = all.thin_flops / 2, .host_traffic_bytes = all.host_traffic_bytes / 2 + 4 * d * d});
       }
       rows_ +=
           time({.host_link_bytes = element * n_rows * d, .host_traffic_bytes = kCodeTraffic * n_rows * d});
@@ -160,16 +187,15 @@ class BlockTime {
   [[nodiscard]] double group_columns(double d) const {
     return job_.config.quantization.group == 0 ? d : static_cast<double>(job_.config.quantization.group);
   }
+  [[nodiscard]] bool shrinks() const {
+    return job_.uses_covariance() && job_.config.sensitivity.shrinkage != 0;
+  }
   [[nodiscard]] double nodes() const { return static_cast<double>(job_.nodes()); }
 
   const Job& job_;
   double weights_ = 0, forward_ = 0, covariance_ = 0, reduction_ = 0, factor_ = 0, factor_out_ = 0, rows_ = 0,
-         codes_ = 0, objective_ = 0, pack_ = 0, disk_ = 0;
+         refinement_ = 0, correction_ = 0, codes_ = 0, objective_ = 0, pack_ = 0, disk_ = 0;
 };
-
-double hidden_bytes(const Job& job) {
-  return job.n_tokens() * job.shapes.d * job.shapes.element_bytes;
-}
 
 /// Hidden states of the quantized prefix to the stage that enters, then a pass over the blocks from there on.
 StageTime reestimate_time(const Job& job, int64_t block) {
@@ -177,7 +203,8 @@ StageTime reestimate_time(const Job& job, int64_t block) {
   const double share = static_cast<double>(job.layout.sequences_per_replica) /
                        static_cast<double>(job.config.calibration.sequences);
   if (job.layout.n_ranks() > 1)
-    time.communication_s += message_s(job.cluster, Buffers::host, job.nodes() > 1, share * hidden_bytes(job));
+    time.communication_s += message_s(job.cluster, Buffers::host, job.nodes() > 1,
+                                      share * job.hidden_bytes() / static_cast<double>(job.streams()));
   return time;
 }
 
@@ -253,8 +280,8 @@ StageTime quantize_time(const Job& job, const config::Reestimate& reestimate) {
   const double generations =
       std::ceil(job.shapes.n_blocks / static_cast<double>(job.config.checkpoint.every_blocks)) - 1;
   if (job.uses_covariance() && generations > 0) {
-    const double each = write_s(job.cluster, hidden_bytes(job), job.nodes()) +
-                        read_s(job.cluster, hidden_bytes(job), job.nodes());
+    const double each = write_s(job.cluster, job.hidden_bytes(), job.nodes()) +
+                        read_s(job.cluster, job.hidden_bytes(), job.nodes());
     time.disk_s += generations * each;
     time.parts.emplace_back("checkpoints", generations * each);
   }
@@ -276,7 +303,7 @@ StageTime evaluate_time(const Job& job) {
   for (int stage = 0; stage < layout.stages; ++stage) {
     Work work = 2 * static_cast<double>(layout.blocks[static_cast<size_t>(stage)].size()) *
                 forward_block(job.shapes, window, window);
-    if (stage + 1 == layout.stages) work += head_compare(job.shapes, window, 2);
+    if (stage + 1 == layout.stages) work += head_compare(job.shapes, window);
     const double computing = seconds_of(job, work);
     const double bytes = 2 * window * job.shapes.d * job.shapes.element_bytes;
     double transfer = 0;

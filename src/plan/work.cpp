@@ -7,27 +7,16 @@ using model::Projection;
 
 constexpr double kTera = 1e12, kGiga = 1e9, kMicro = 1e-6;
 
-// Elementwise passes, counted in src/model/block.cpp as bytes read + written a channel, e = bytes of an
-// element. rms_norm: to f32 e+4, square 8, mean 4, scale 8, back 4+e, times the weight 2e.
-double norm_bytes(double e) {
-  return 24 + 4 * e;
-}
-// rotate: x·cos 2e, rotate_half 3e, ·sin 2e, sum 3e.
-double rotary_bytes(double e) {
-  return 10 * e;
-}
-// silu 2e, product 3e.
-double gated_bytes(double e) {
-  return 5 * e;
-}
+// Operations started. Kernels: two norms, seven linears, attention with its tables 5, gate, residuals and
+// views 5; backward: what the linears saw 3, gradients of norms, gate and attention 8, seven linears, sums 5.
+// ATen: two norms (7 each), seven linears, two rotations (7 each), attention 1, residuals, views and gate 6;
+// backward: norms 14 + 32, gate 18, attention again and its gradients 48, seven linears, sums 4.
+// BlockObserver 20 a linear.
+constexpr double kForwardOperations = 20, kBackwardOperations = 23, kAtenForwardOperations = 42,
+                 kAtenBackwardOperations = 123, kObserverOperations = 20;
 
-// Each elementwise operation of the forward has one in the backward that reads the gradient and what was
-// saved and writes a gradient: about twice the forward's bytes.
-constexpr double kBackwardTraffic = 2;
-
-// Operations started: two norms (7 each), seven linears, two rotations (7 each), attention 1, and the
-// residuals, views and the gate 6; the backward starts about twice as many; BlockObserver 20 a linear.
-constexpr double kForwardOperations = 42, kBackwardOperations = 84, kObserverOperations = 20;
+// Channels of a panel of kernels/gram.cpp.
+constexpr double kGramPanel = 48;
 
 // GPTQ's blocks of columns (quant/solver.cpp).
 constexpr double kColumnBlock = 128;
@@ -36,8 +25,25 @@ constexpr double kColumnBlock = 128;
 // 32, identity 8, to f32 12.
 constexpr double kFactorTraffic = 132;
 
+// qep: H and C to f64 12 each, C transposed 16, the result back 12. gptaq: U and C to f64 12 each, four
+// index_selects 64, triu 16, back 12.
+constexpr double kQepTraffic = 52, kGptaqTraffic = 116;
+
+// quant::damped_hessian: to f64 12, divided 16, two masks 32, to f32 12.
+constexpr double kDampedTraffic = 72;
+
+// A weight on its way to an objective, twice: dequantize (codes to f32 5, zero 8, scale 8, to storage 6),
+// difference 12, product with H written and read 16, sum 4.
+constexpr double kScoreTraffic = 2 * 59;
+
 // Covariance::value: two triangles (8 each), their sum 12, and the next shard's zeros 4.
-constexpr double kValueTraffic = 32;
+constexpr double kValueTraffic = 32, kCrossValueTraffic = 4;
+
+// quant::kRowTile.
+constexpr double kTileRows = 64;
+double whole_tiles(double n_rows) {
+  return std::ceil(n_rows / kTileRows);
+}
 
 struct Linear {
   double rows, columns;
@@ -52,6 +58,7 @@ Linear linear_of(const model::ModelConfig& model, int p) {
 Work& Work::operator+=(const Work& other) {
   gemm_flops += other.gemm_flops;
   f32_flops += other.f32_flops;
+  covariance_flops += other.covariance_flops;
   attention_flops += other.attention_flops;
   traffic_bytes += other.traffic_bytes;
   n_operations += other.n_operations;
@@ -69,6 +76,7 @@ Work& Work::operator+=(const Work& other) {
 Work operator*(double factor, const Work& work) {
   return {.gemm_flops = factor * work.gemm_flops,
           .f32_flops = factor * work.f32_flops,
+          .covariance_flops = factor * work.covariance_flops,
           .attention_flops = factor * work.attention_flops,
           .traffic_bytes = factor * work.traffic_bytes,
           .n_operations = factor * work.n_operations,
@@ -91,6 +99,8 @@ double seconds(const Work& work, const Cluster& cluster, bool computes_bf16) {
                  work.attention_flops / (kTera * c.attention_tflops * e.attention) +
                  work.traffic_bytes / (kGiga * c.memory_gbs * e.memory) +
                  work.n_operations * c.operation_us * kMicro;
+  if (work.covariance_flops > 0)
+    total += work.covariance_flops / (kTera * c.covariance_tflops * e.covariance);
   if (cluster.has_devices()) total += work.host_link_bytes / (kGiga * c.host_link_gbs * e.memory);
   total += work.f64_factor_flops / (kTera * h.f64_factor_tflops * e.host) +
            work.f64_gemm_flops / (kTera * h.f64_gemm_tflops * e.host) +
@@ -101,9 +111,35 @@ double seconds(const Work& work, const Cluster& cluster, bool computes_bf16) {
   return total;
 }
 
-Shapes Shapes::of(const model::ModelConfig& model, bool computes_bf16) {
+Passes Passes::of(double e, bool has_kernels) {
+  // norm: x twice, out. Backward: x three times, the gradient twice, the residual, out.
+  if (has_kernels)
+    return {.norm = 3 * e,
+            .norm_backward = 7 * e,
+            .gate = 3 * e,
+            .gate_backward = 5 * e,
+            .rotary = 0,
+            .heads = 0};
+  return {// To f32 e+4, square 8, mean 4, scale 8, back 4+e, times the weight 2e.
+          .norm = 24 + 4 * e,
+          // x to f32 e+4, square 8, mean 4, unit 8; gradient e+4, weighted 8; times unit 12, mean 4, along 8,
+          // across 12, scaled 8; residual e+4, sum 12, back 4+e.
+          .norm_backward = 100 + 4 * e,
+          // silu 2e, product 3e.
+          .gate = 5 * e,
+          // Gate, up and gradient to f32 e+4 each, sigmoid 8, eight products and sums 88, two back 4+e each.
+          .gate_backward = 116 + 5 * e,
+          // x·cos 2e, rotate_half 3e, ·sin 2e, sum 3e.
+          .rotary = 10 * e,
+          .heads = 2 * e};
+}
+
+Shapes Shapes::of(const model::ModelConfig& model, bool computes_bf16, bool has_kernels) {
+  const double e = computes_bf16 ? 2.0 : 4.0;
   Shapes shapes{.model = &model,
-                .element_bytes = computes_bf16 ? 2.0 : 4.0,
+                .element_bytes = e,
+                .has_kernels = has_kernels,
+                .passes = Passes::of(e, has_kernels),
                 .d = static_cast<double>(model.d_model),
                 .f = static_cast<double>(model.d_ff),
                 .d_query = static_cast<double>(model.n_heads * model.head_dim),
@@ -130,24 +166,31 @@ double Shapes::end_weight_bytes() const {
 }
 
 Work forward_block(const Shapes& s, double n_tokens, double length) {
-  const double e = s.element_bytes;
-  const double bytes_per_token = 2 * norm_bytes(e) * s.d + 2 * 3 * e * s.d +
-                                 rotary_bytes(e) * (s.d_query + s.d_key) + 2 * e * s.d_query +
-                                 gated_bytes(e) * s.f;
+  const Passes& pass = s.passes;
+  const double bytes_per_token = 2 * pass.norm * s.d + 2 * 3 * s.element_bytes * s.d +
+                                 pass.rotary * (s.d_query + s.d_key) + pass.heads * s.d_query +
+                                 pass.gate * s.f;
   return {.gemm_flops = 2 * n_tokens * s.block_linears,
           // 4 T d_query a token for scores and mixed values, half of it above the diagonal.
           .attention_flops = 2 * n_tokens * length * s.d_query,
           .traffic_bytes = n_tokens * bytes_per_token,
-          .n_operations = kForwardOperations};
+          .n_operations = s.has_kernels ? kForwardOperations : kAtenForwardOperations};
 }
 
 Work backward_block(const Shapes& s, double n_tokens, double length, const config::Sensitivity& sensitivity) {
   const Work forward = forward_block(s, n_tokens, length);
+  const Passes& pass = s.passes;
   const double e = s.element_bytes, samples = static_cast<double>(sensitivity.samples);
+  // Inputs of the linears again and the gradients behind them; three gradients are added where linears share
+  // their input; the result is stacked. ATen's attention: rotation and transposition forward, and about twice
+  // that backward.
+  const double bytes_per_token = 2 * (pass.norm + pass.norm_backward) * s.d +
+                                 (pass.gate + pass.gate_backward) * s.f + (3 * 2 + 2) * e * s.d +
+                                 3 * (pass.rotary * (s.d_query + s.d_key) + pass.heads * s.d_query);
   const Work backward{.gemm_flops = forward.gemm_flops,
-                      .attention_flops = 2.5 * forward.attention_flops,
-                      .traffic_bytes = kBackwardTraffic * forward.traffic_bytes,
-                      .n_operations = kBackwardOperations};
+                      .attention_flops = (s.has_kernels ? 2.5 : 3.5) * forward.attention_flops,
+                      .traffic_bytes = n_tokens * bytes_per_token,
+                      .n_operations = s.has_kernels ? kBackwardOperations : kAtenBackwardOperations};
   Work recorded;
   for (int p = 0; p < model::kProjections; ++p) {
     const Linear w = linear_of(*s.model, p);
@@ -164,7 +207,7 @@ Work backward_block(const Shapes& s, double n_tokens, double length, const confi
                  .traffic_bytes = n_tokens * bytes,
                  .n_operations = kObserverOperations};
   }
-  Work total = forward + samples * (backward + recorded);
+  Work total = samples * (backward + recorded);
   if (sensitivity.covariance)
     for (int p = 0; p < model::kProjections; ++p)
       total += static_cast<double>(sensitivity.row_groups) *
@@ -172,19 +215,27 @@ Work backward_block(const Shapes& s, double n_tokens, double length, const confi
   return total;
 }
 
-Work head_loss(const Shapes& s, double n_tokens, double samples) {
+Work head_loss(const Shapes& s, double n_tokens, const config::Sensitivity& sensitivity) {
   const double e = s.element_bytes, logits = n_tokens * s.vocabulary;
-  // logits e, to f32 e+4, log_softmax 12, exp 8; a sample: clone 8, back to e 4+e, read by the product e.
+  const auto samples = static_cast<double>(sensitivity.samples);
+  // Logits e. nll by the kernel: read twice, probabilities written; by ATen: to f32 e+4, logsumexp 24,
+  // difference 8, exp 8, back 4+e. Fisher: to f32 e+4, the same in f32 40, cumulative f64 12. A sample: p − y
+  // as a copy, read by the product.
+  const bool draws = sensitivity.loss == "fisher";
+  const double loss = draws ? e + 56 : s.has_kernels ? 3 * e : 2 * e + 48;
+  const double sample = draws ? 4 + 2 * e : 3 * e;
   return {.gemm_flops = (1 + samples) * 2 * logits * s.d,
-          .traffic_bytes = logits * ((2 * e + 24) + samples * (12 + 2 * e)) +
-                           n_tokens * s.d * (1 + samples) * norm_bytes(e)};
+          .traffic_bytes = logits * (e + loss + samples * sample) +
+                           n_tokens * s.d * (s.passes.norm + samples * s.passes.norm_backward)};
 }
 
-Work head_compare(const Shapes& s, double n_tokens, int n_models) {
+Work head_compare(const Shapes& s, double n_tokens) {
   const double e = s.element_bytes, logits = n_tokens * s.vocabulary;
-  // logits e, to f32 e+4, log_softmax 12 a model; argmax 4 each, exp 8, difference 12, product 12, sum 4.
-  return {.gemm_flops = n_models * 2 * logits * s.d,
-          .traffic_bytes = logits * (n_models * (2 * e + 16) + (n_models > 1 ? 44 : 0))};
+  // Of each model logits e, and read twice by the kernel; by ATen to f32 e+4, log_softmax 12, argmax e, and
+  // once exp 8, difference 12, product 12, sum 4.
+  const double compare = s.has_kernels ? 2 * 2 * e : 2 * (2 * e + 16) + 36;
+  return {.gemm_flops = 2 * 2 * logits * s.d,
+          .traffic_bytes = logits * (2 * e + compare) + 2 * n_tokens * s.d * s.passes.norm};
 }
 
 double panel_width(double d) {
@@ -192,6 +243,7 @@ double panel_width(double d) {
 }
 
 Work covariance_add(const Shapes& s, double n_rows, double d) {
+  if (s.has_kernels) return {.covariance_flops = n_rows * d * (d + kGramPanel), .n_operations = 4};
   // to f32 e+4, times √D 8, mask 8, finite? 8.
   return {.f32_flops = n_rows * d * (d + panel_width(d)),
           .traffic_bytes = n_rows * d * (s.element_bytes + 28),
@@ -202,8 +254,38 @@ Work covariance_close(double d) {
   return {.traffic_bytes = kValueTraffic * d * d, .n_operations = 6, .host_link_bytes = 4 * d * d};
 }
 
+Work cross_covariance_add(const Shapes& s, double n_rows, double d) {
+  const double e = s.element_bytes;
+  // Both inputs to f32 e+4, difference 12, times D 8, two masks 12, finite? 8; to bf16 4+e each.
+  const double bytes = 2 * (e + 4) + 40 + (s.has_kernels ? 2 * (4 + e) : 0), flops = 2 * n_rows * d * d;
+  return {.f32_flops = s.has_kernels ? 0 : flops,
+          .covariance_flops = s.has_kernels ? flops : 0,
+          .traffic_bytes = n_rows * d * bytes,
+          .n_operations = 12};
+}
+
+Work cross_covariance_close(double d) {
+  return {.traffic_bytes = kCrossValueTraffic * d * d, .n_operations = 2, .host_link_bytes = 4 * d * d};
+}
+
+Work trace_pass(const Shapes& s, double n_rows, double d) {
+  // To f32 e+4, square 8, sum 4.
+  return {.traffic_bytes = n_rows * d * (s.element_bytes + 16), .n_operations = 6};
+}
+
 Work factorize(double d) {
   return {.f64_factor_flops = 4.0 / 3.0 * d * d * d, .host_traffic_bytes = kFactorTraffic * d * d};
+}
+
+Work correction(double d, const config::Asymmetric& asymmetric) {
+  const double cube = d * d * d;
+  if (asymmetric.correction == "qep")
+    return {.f64_factor_flops = 7.0 / 3.0 * cube, .host_traffic_bytes = kQepTraffic * d * d};
+  return {.f64_gemm_flops = 4 * cube, .host_traffic_bytes = kGptaqTraffic * d * d};
+}
+
+Work damped_hessian(double d) {
+  return {.host_traffic_bytes = kDampedTraffic * d * d};
 }
 
 double candidate_grids(int bits, bool symmetric, bool clip_search) {
@@ -216,19 +298,34 @@ double candidate_grids(int bits, bool symmetric, bool clip_search) {
 }
 
 Work solve_rows(double n_rows, double d, const config::Quantization& q) {
-  const double tiles = std::ceil(n_rows / 64);
-  const double rows = 64 * tiles;
+  const double rows = kTileRows * whole_tiles(n_rows);
   return {.thin_flops = rows * d * std::max(0.0, d - kColumnBlock),
           .column_flops = rows * d * kColumnBlock,
           .candidates = rows * d * candidate_grids(q.bits, q.symmetric, q.clip_search),
           .host_traffic_bytes = 16 * rows * d};
 }
 
+Work refine_rows(double n_rows, double d, const config::Quantization& q) {
+  const double rows = kTileRows * whole_tiles(n_rows), sweeps = static_cast<double>(q.refinement.sweeps);
+  const double width = q.group == 0 ? d : static_cast<double>(q.group);
+  // Products of a group's own H: one, and two for each zero point tried.
+  const double own = q.symmetric ? 3 : 7;
+  return {.thin_flops = 2 * rows * d * (d + sweeps * (2 * d + own * width)),
+          .column_flops = sweeps * rows * d * kColumnBlock,
+          .host_traffic_bytes = 32 * rows * d};
+}
+
+Work correct_rows(double n_rows, double d) {
+  const double tiles = whole_tiles(n_rows), rows = kTileRows * tiles;
+  return {.f64_gemm_flops = 2 * rows * d * d,
+          .thin_flops = 2 * 2 * rows * d * d,
+          .host_traffic_bytes = tiles * 12 * d * d + (kScoreTraffic / 2 + 60) * rows * d};
+}
+
 Work score(double n_rows, double d, const config::Quantization& q, double threads) {
-  // Each objective turns W, Ŵ and H to f64: 12 and 8 bytes, differences 24, product 24.
-  return {.f64_gemm_flops = 4 * n_rows * d * d,
+  return {.thin_flops = 2 * 2 * n_rows * d * d,
           .candidates = n_rows * d * candidate_grids(q.bits, q.symmetric, q.clip_search) / threads,
-          .host_traffic_bytes = 2 * (72 * n_rows * d + 12 * d * d)};
+          .host_traffic_bytes = kScoreTraffic * n_rows * d};
 }
 
 }  // namespace isobath::plan

@@ -108,5 +108,20 @@ TEST(BalanceStages, SaysBothNumbersWhenThereAreTooManyStages) {
   }
 }
 
+TEST(ShardsPerSegment, AreAboutEightMicrobatchesAStage) {
+  EXPECT_EQ(shards_per_segment(128, 16, 4), 4);  // 32 microbatches in shards of 8
+  EXPECT_EQ(shards_per_segment(128, 16, 1), 1);
+  EXPECT_EQ(shards_per_segment(128, 2, 1), 1);  // never less than a whole shard
+  EXPECT_EQ(shards_per_segment(3, 4, 1), 8);
+}
+
+TEST(CountKeptBlocks, FillTheLimit) {
+  // A token of 4-byte elements: q, k, v, attended, middle, gate and up of 2 channels each, one head's sum.
+  const double block_gib = 3 * (14 * 4 + 4) / 0x1p30;
+  EXPECT_EQ(count_kept_blocks(small_config(4, 10), 3, 4, 1, 2.5 * block_gib), 2);
+  EXPECT_EQ(count_kept_blocks(small_config(4, 10), 3, 4, 2, 2.5 * block_gib), 1);
+  EXPECT_EQ(count_kept_blocks(small_config(4, 10), 3, 4, 1, 0), 0);
+}
+
 }  // namespace
 }  // namespace isobath::model

@@ -50,6 +50,16 @@ TEST(Cluster, WhatIsWrittenReadsBack) {
   }
 }
 
+TEST(Cluster, KernelsAreThoseOfACpuWithACovarianceRate) {
+  Cluster cluster = parse_cluster(shipped("cpu-cluster"), "cpu");
+  EXPECT_TRUE(cluster.has_kernels());
+  cluster.device = "cuda";
+  EXPECT_FALSE(cluster.has_kernels());
+  cluster = parse_cluster(changed("  covariance_tflops: 14.7", "  #"), "cpu");
+  EXPECT_FALSE(cluster.has_kernels());
+  EXPECT_EQ(cluster_yaml(cluster, "c").find("covariance_tflops:"), std::string::npos);
+}
+
 TEST(Cluster, HostMessagesStandForDeviceMessagesWithoutDevices) {
   const Cluster cluster = parse_cluster(shipped("cpu-cluster"), "cpu");
   EXPECT_EQ(cluster.network.device_within_node_gbs, cluster.network.within_node_gbs);

@@ -97,6 +97,8 @@ TEST(Time, MeasureIsMicrobatchesAndBubblesOfTheSlowestStage) {
   cluster.ranks_per_node = 2;
   cluster.compute.bf16_tflops = 1e-12;  // one flop a second
 
+  config.ranks.activation_gib = 0;  // all recomputed
+
   // Stages [0, 2) and [2, 4). A microbatch of 5 tokens: 3 · 2 · 5 · 576 a block; the head 2 · 2 · 5 · 32 · 8.
   const Job job(config, model, cluster, 2, 1);
   ASSERT_EQ(job.layout.blocks, (std::vector<Range>{{0, 2}, {2, 4}}));
@@ -117,6 +119,37 @@ TEST(Time, MeasureIsMicrobatchesAndBubblesOfTheSlowestStage) {
                    2 * (4 * (3 * 2 * 5 * 576) + 2 * (2 * 5 * 32 * 8)));
 }
 
+TEST(Time, BlocksThatKeepTheirActivationsAreNotRecomputed) {
+  const model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  config.compute_dtype = "bfloat16";
+  Cluster cluster = instant_cluster();
+  cluster.ranks_per_node = 2;
+  cluster.compute.bf16_tflops = 1e-12;
+  // A block and microbatch of 5 tokens: q and o's input 2·8, k and v 2·4, middle 8, gate and up 2·16 channels
+  // of 2 bytes, and two heads' sums in f32: 680 bytes. Two microbatches are in flight at stage 0, one at
+  // stage 1.
+  const auto kept = [&](double bytes) {
+    config.ranks.activation_gib = bytes / (1 << 30);
+    const Job job(config, model, cluster, 2, 1);
+    return std::pair{job.kept_blocks(0), job.kept_blocks(1)};
+  };
+  EXPECT_EQ(kept(600), (std::pair<int64_t, int64_t>{0, 0}));
+  EXPECT_EQ(kept(700), (std::pair<int64_t, int64_t>{0, 1}));
+  EXPECT_EQ(kept(1400), (std::pair<int64_t, int64_t>{1, 2}));
+  EXPECT_EQ(kept(1e6), (std::pair<int64_t, int64_t>{2, 2}));
+
+  const double block_s = 2 * 5 * 576, head_s = 2 * (2 * 5 * 32 * 8);
+  (void)kept(1e6);
+  EXPECT_DOUBLE_EQ(measure_time(Job(config, model, cluster, 2, 1)).compute_s, 4 * (2 * 2 * block_s + head_s));
+  // Stage 0 recomputes both its blocks and is the slowest; stage 1 one of two, and none from block 3 on.
+  (void)kept(700);
+  const Job job(config, model, cluster, 2, 1);
+  EXPECT_DOUBLE_EQ(measure_time(job).compute_s, 4 * (2 * 3 * block_s));
+  EXPECT_DOUBLE_EQ(measure_time(job, 2).compute_s, 4 * ((3 + 2) * block_s + head_s));
+  EXPECT_DOUBLE_EQ(measure_time(job, 3).compute_s, 4 * (2 * block_s + head_s));
+}
+
 TEST(Time, TransfersOfTheSchedule) {
   const model::ModelConfig model = tiny_model();
   config::RunConfig config = tiny_config();
@@ -132,7 +165,7 @@ TEST(Time, TransfersOfTheSchedule) {
   EXPECT_EQ(measure_time(Job(config, model, cluster, 1, 1)).communication_s, 0);
 }
 
-TEST(Time, FactorizationsFollowOneAnother) {
+TEST(Time, AllRootsFactorizeAtOnce) {
   const model::ModelConfig model = tiny_model();
   config::RunConfig config = tiny_config();
   Cluster cluster = instant_cluster();
@@ -141,15 +174,74 @@ TEST(Time, FactorizationsFollowOneAnother) {
   const auto factor_s = [&](int stages) {
     return quantize_time(Job(config, model, cluster, stages, 1), {}).compute_s;
   };
-  // 4 blocks of q, k, v, o, gate, up at d = 8 and down at d = 16; more ranks do not help.
-  const double expected = 4 * (6 * (4.0 / 3) * 512 + (4.0 / 3) * 4096);
-  EXPECT_NEAR(factor_s(1), expected, 1e-6);
-  EXPECT_NEAR(factor_s(4), expected, 1e-6);
+  // 4 blocks of q, k, v, o, gate, up at d = 8 and down at d = 16.
+  constexpr double kSmall = (4.0 / 3) * 512, kLarge = (4.0 / 3) * 4096;
+  EXPECT_NEAR(factor_s(1), 4 * (6 * kSmall + kLarge), 1e-6);
+  EXPECT_NEAR(factor_s(2), 4 * (4 * kSmall + kLarge), 1e-6);  // two of q, k, v on one rank
+  EXPECT_NEAR(factor_s(4), 4 * (3 * kSmall + kLarge), 1e-6);
   // D = 1: one H an input set.
   config.quantization.weighting = "none";
-  EXPECT_NEAR(factor_s(1), 4 * (3 * (4.0 / 3) * 512 + (4.0 / 3) * 4096), 1e-6);
+  EXPECT_NEAR(factor_s(1), 4 * (3 * kSmall + kLarge), 1e-6);
   config.quantization.solver = "round_to_nearest";
   EXPECT_LT(factor_s(1), 1e-6);
+}
+
+TEST(Time, ObjectivesAreSharedByTheRanks) {
+  model::ModelConfig model = tiny_model();
+  model.d_ff = 256;
+  config::RunConfig config = tiny_config();
+  config.quantization.clip_search = false;
+  Cluster cluster = instant_cluster();
+  cluster.ranks_per_node = 4;
+  cluster.host.f32_thin_tflops = 1e-12;
+  const auto objective_s = [&](int stages) {
+    for (const auto& [step, step_s] : quantize_time(Job(config, model, cluster, stages, 1), {}).parts)
+      if (step == "objective before and after") return step_s;
+    return -1.0;
+  };
+  // Two products of 2·rows·d²: gate and up have four tiles of 64 rows, the others one tile or less.
+  const double others = (8 + 4 + 4 + 8) * 64 + 8 * 256 * 256;
+  EXPECT_NEAR(objective_s(1), 4 * 4 * (2.0 * 256 * 64 + others), 1e-6);
+  EXPECT_NEAR(objective_s(4), 4 * 4 * (2.0 * 64 * 64 + others), 1e-6);
+}
+
+TEST(Time, WhatIsConfiguredIsPriced) {
+  const model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  config.compute_dtype = "bfloat16";
+  Cluster cluster = instant_cluster();
+  cluster.compute.bf16_tflops = 1e-12;
+  const auto part = [&](const std::string& name) {
+    for (const auto& [step, step_s] : quantize_time(Job(config, model, cluster, 1, 1), {}).parts)
+      if (step == name) return step_s;
+    return -1.0;
+  };
+  // 20 tokens through 4 blocks, and a second time for the original model.
+  constexpr double kForward = 4 * 2.0 * 20 * 576;
+  EXPECT_NEAR(part("forward"), kForward, 1e-6);
+  EXPECT_EQ(part("refinement"), -1);
+  EXPECT_EQ(part("asymmetric correction"), -1);
+  config.quantization.asymmetric.correction = "gptaq";
+  EXPECT_NEAR(part("forward"), 2 * kForward, 1e-6);
+  cluster.host.f64_gemm_tflops = 1e-12;
+  // Two products of d³, and C times one tile of rows, of 8 channels and of 16.
+  EXPECT_NEAR(part("asymmetric correction"), 4 * (6 * (4 * 512 + 2 * 64 * 64) + 4 * 4096 + 2 * 64 * 256),
+              1e-6);
+  EXPECT_EQ(Job(config, model, cluster, 1, 1).hidden_bytes(), 2 * 20 * 8 * 2);
+  config.quantization.asymmetric.correction = "none";
+
+  config.quantization.refinement.sweeps = 1;
+  cluster.host.f32_thin_tflops = 1e-12;
+  // group 0: a group is a whole row. One tile of rows a module.
+  EXPECT_NEAR(part("refinement"), 4 * 2.0 * 64 * (6 * 8 * (8 + 5 * 8) + 16 * (16 + 5 * 16)), 1e-6);
+  config.quantization.refinement.sweeps = 0;
+
+  cluster = instant_cluster();
+  cluster.compute.memory_gbs = 1e-9;
+  const double without = part("covariance");
+  config.sensitivity.shrinkage = -1;
+  // x to f32 and squared, 18 bytes a channel: three sets of 8 and one of 16 channels.
+  EXPECT_NEAR(part("covariance") - without, 4 * 20.0 * 18 * (3 * 8 + 16), 1e-3);
 }
 
 TEST(Time, ReestimationIsThePassesOverLaterBlocks) {
@@ -203,6 +295,27 @@ TEST(Memory, MeasureHoldsOneInputForEachBlockAndMicrobatchInFlight) {
   EXPECT_DOUBLE_EQ(item(first, "D").host_bytes, (2 + 8.0 / 7) * 4 * 7 * 20);
 }
 
+TEST(Memory, KeptActivationsAreThoseOfTheLastBlocks) {
+  const model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  config.compute_dtype = "bfloat16";
+  config.ranks.activation_gib = 1400.0 / (1 << 30);
+  const Cluster cluster = instant_cluster();
+  const Job job(config, model, cluster, 2, 1);
+  const auto bytes = [&](int stage, const std::string& name) {
+    for (const auto& found : measure_memory(job, stage).items)
+      if (found.name == name) return found.device_bytes;
+    return -1.0;
+  };
+  EXPECT_EQ(bytes(0, "activations kept"), 1 * 2 * 680);
+  EXPECT_EQ(bytes(1, "activations kept"), 2 * 1 * 680);
+  // Stage 0 holds the recomputed block's activations on top; the loss of stage 1 takes more than a block:
+  // 256 x 32 logits in bf16, three times, and 12 bytes of f32. Gradients of 80 bytes in and out.
+  // 5 tokens: states 4·2·8, gate and up 2·2·16, the gate in f32 26·16; of a sequence 8·16 + 4·8.
+  EXPECT_EQ(bytes(0, "backward"), 680 + 5 * (64 + 64 + 26 * 16) + 5 * (128 + 32) + 2 * 80);
+  EXPECT_EQ(bytes(1, "backward"), 256 * 32 * (3 * 2 + 12) + 2 * 80);
+}
+
 TEST(Memory, QuantizeHoldsTheCovariancesOfOneInputSet) {
   const model::ModelConfig model = tiny_model();
   config::RunConfig config = tiny_config();
@@ -217,11 +330,43 @@ TEST(Memory, QuantizeHoldsTheCovariancesOfOneInputSet) {
   // down, d = 16: one H of 1024 bytes, three matrices to close it, and partial sums on two levels and one
   // that arrives. q/k/v, d = 8: 256 bytes, (3 + 3) and 3 · 2 + 1 of them: less.
   EXPECT_EQ(held("H and factors"), (std::pair{4 * 1024.0, 3 * 1024.0}));
-  EXPECT_EQ(held("hidden states"), (std::pair{20.0 * 2 * (8 + 16), 0.0}));
+  // And f32 copies of the microbatch in work, 8 bytes a channel.
+  EXPECT_EQ(held("hidden states"), (std::pair{20.0 * 2 * (8 + 16) + 5 * 8 * 16, 0.0}));
   // Factorization of d = 16 at its peak: H, and five f64 matrices and one f32; what summing held is free by
   // then.
-  EXPECT_EQ(quantize_memory(Job(config, model, cluster, 1, 1), 0).one_rank_bytes,
+  EXPECT_EQ(quantize_memory(Job(config, model, cluster, 1, 1), 0).root_bytes,
             1024 + 44 * 256 - (4 + 3) * 1024);
+
+  // Two row groups on four ranks of one node, a shard each at most: two roots factorize at once.
+  Cluster node = cluster;
+  node.ranks_per_node = 4;
+  config.sensitivity.row_groups = 2;
+  const RankMemory two = quantize_memory(Job(config, model, node, 4, 1), 0);
+  EXPECT_EQ(two.root_bytes, 1024 + 44 * 256 - (5 + 3) * 1024);
+  EXPECT_EQ(two.node_root_bytes, 2 * two.root_bytes);
+  config.sensitivity.row_groups = 1;
+
+  // With a correction C too: sums and partial sums of both; then H, factor, damped H, C and correction.
+  config.quantization.asymmetric.correction = "qep";
+  config.quantization.refinement.sweeps = 1;
+  EXPECT_EQ(held("H and factors"), (std::pair{5 * 1024.0, 5 * 1024.0}));
+  EXPECT_EQ(held("block in work").first, 2 * 2 * (576 + 16));
+  EXPECT_EQ(held("hidden states"), (std::pair{2 * 20.0 * 2 * (8 + 16) + 5 * (8 + 12) * 16, 0.0}));
+}
+
+TEST(Memory, EvaluationHoldsTwoModelsLogitsInTheirDtype) {
+  const model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  config.compute_dtype = "bfloat16";
+  Cluster cluster = instant_cluster();
+  const auto logits = [&] {
+    for (const auto& found : evaluate_memory(Job(config, model, cluster, 1, 1), 0).items)
+      if (found.name == "logits") return found.device_bytes;
+    return -1.0;
+  };
+  EXPECT_EQ(logits(), 128 * 32 * (4 + 24));
+  cluster.compute.covariance_tflops = 1;
+  EXPECT_EQ(logits(), 128 * 32 * 4);
 }
 
 }  // namespace

@@ -31,7 +31,7 @@ config::RunConfig large_config() {
 
 TEST(Models, ShippedShapesHaveTheirPublishedSizes) {
   const auto parameters = [](const model::ModelConfig& model) {
-    const Shapes s = Shapes::of(model, true);
+    const Shapes s = Shapes::of(model, true, false);
     return s.n_blocks * s.block_weight_bytes() / 2 + 2 * s.vocabulary * s.d + s.d;
   };
   EXPECT_EQ(parameters(shipped_model("llama-3.1-8b")), 8'030'261'248);

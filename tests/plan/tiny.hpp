@@ -26,6 +26,7 @@ inline Cluster instant_cluster() {
   cluster.memory.node_gib = 64;
   cluster.compute = {.bf16_tflops = kInstant,
                      .f32_tflops = kInstant / 2,
+                     .covariance_tflops = 0,
                      .attention_tflops = kInstant,
                      .memory_gbs = kInstant,
                      .operation_us = 0,

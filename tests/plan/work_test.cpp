@@ -10,7 +10,7 @@ namespace {
 
 TEST(Work, ForwardOfABlockByHand) {
   const model::ModelConfig model = tiny_model();
-  const Shapes shapes = Shapes::of(model, true);
+  const Shapes shapes = Shapes::of(model, true, false);
   EXPECT_EQ(shapes.block_linears, 64 + 32 + 32 + 64 + 128 + 128 + 128);
   // bf16: 576 linears and two norms of 8.
   EXPECT_EQ(shapes.block_weight_bytes(), 2 * (576 + 16));
@@ -23,22 +23,36 @@ TEST(Work, ForwardOfABlockByHand) {
   // Norms 2·32·8, residuals 2·6·8, rotation 20·(8+4), heads back 4·8, gate 10·16.
   EXPECT_EQ(work.traffic_bytes, 10 * (512 + 96 + 240 + 32 + 160));
   EXPECT_EQ(work.f32_flops, 0);
+
+  // One pass each: norms 2·6·8, residuals 2·6·8, gate 6·16; the rotation is attention's.
+  const Work kernels = forward_block(Shapes::of(model, true, true), 10, 5);
+  EXPECT_EQ(kernels.gemm_flops, work.gemm_flops);
+  EXPECT_EQ(kernels.attention_flops, work.attention_flops);
+  EXPECT_EQ(kernels.traffic_bytes, 10 * (96 + 96 + 96));
 }
 
-TEST(Work, BackwardRecomputesAndHasNoWeightGradients) {
+TEST(Work, BackwardHasNoWeightGradients) {
   const model::ModelConfig model = tiny_model();
-  const Shapes shapes = Shapes::of(model, true);
+  const Shapes shapes = Shapes::of(model, true, false);
   config::Sensitivity sensitivity;
   sensitivity.per_sequence = "off";
 
   const Work one = backward_block(shapes, 10, 5, sensitivity);
-  EXPECT_EQ(one.gemm_flops, 2 * (2 * 10 * 576));
+  EXPECT_EQ(one.gemm_flops, 2 * 10 * 576);
   EXPECT_EQ(one.attention_flops, 3.5 * 800);
+  // Norms 2·(32+108)·8, gate (10+126)·16, sums and the stack 8·2·8, attention's copies 3·(20·12+4·8);
+  // recorded 22 for each of 64 inputs and 4 for each of 64 outputs.
+  constexpr double kRecorded = 22 * 64 + 4 * 64;
+  EXPECT_EQ(one.traffic_bytes, 10 * (2240 + 2176 + 128 + 816 + kRecorded));
+  // Norms 2·(6+14)·8, gate (6+10)·16.
+  const Work kernels = backward_block(Shapes::of(model, true, true), 10, 5, sensitivity);
+  EXPECT_EQ(kernels.attention_flops, 2.5 * 800);
+  EXPECT_EQ(kernels.traffic_bytes, 10 * (320 + 256 + 128 + kRecorded));
   // Two sums over the rows of x²: five linears of 8 channels, o of 8, down of 16.
   EXPECT_EQ(one.f32_flops, 10 * 4 * (5 * 8 + 8 + 16));
 
-  sensitivity.samples = 3;  // one recomputation, three gradients
-  EXPECT_EQ(backward_block(shapes, 10, 5, sensitivity).gemm_flops, (1 + 3) * (2 * 10 * 576));
+  sensitivity.samples = 3;
+  EXPECT_EQ(backward_block(shapes, 10, 5, sensitivity).gemm_flops, 3 * (2 * 10 * 576));
 
   sensitivity.samples = 1;
   sensitivity.per_sequence = "probes";
@@ -52,23 +66,45 @@ TEST(Work, BackwardRecomputesAndHasNoWeightGradients) {
   sensitivity.covariance = true;
   EXPECT_EQ(backward_block(shapes, 10, 5, sensitivity).f32_flops,
             one.f32_flops + 10 * (6 * 8 * (8 + 128) + 16 * (16 + 128)));
+  EXPECT_EQ(backward_block(Shapes::of(model, true, true), 10, 5, sensitivity).covariance_flops,
+            10 * (6 * 8 * (8 + 48) + 16 * (16 + 48)));
 }
 
 TEST(Work, HeadsByHand) {
   const model::ModelConfig model = tiny_model();
-  const Shapes shapes = Shapes::of(model, true);
+  const Shapes shapes = Shapes::of(model, true, false);
   // Logits, and (p − y) W for each of two samples.
-  EXPECT_EQ(head_loss(shapes, 10, 2).gemm_flops, 3 * 2 * 10 * 32 * 8);
-  EXPECT_EQ(head_compare(shapes, 10, 2).gemm_flops, 2 * 2 * 10 * 32 * 8);
-  EXPECT_EQ(head_compare(shapes, 10, 1).gemm_flops, 2 * 10 * 32 * 8);
+  config::Sensitivity sensitivity;
+  sensitivity.samples = 2;
+  EXPECT_EQ(head_loss(shapes, 10, sensitivity).gemm_flops, 3 * 2 * 10 * 32 * 8);
+  EXPECT_EQ(head_compare(shapes, 10).gemm_flops, 2 * 2 * 10 * 32 * 8);
+
+  // bf16 kernels: logits written, read twice, probabilities written; p − y a copy, read by the product. A
+  // norm of 10 x 8 and its gradient.
+  const Shapes kernels = Shapes::of(model, true, true);
+  sensitivity.samples = 1;
+  EXPECT_EQ(head_loss(kernels, 10, sensitivity).traffic_bytes, 320 * (2 + 6 + 6) + 80 * (6 + 14));
+  EXPECT_EQ(head_loss(shapes, 10, sensitivity).traffic_bytes, 320 * (2 + 52 + 6) + 80 * (32 + 108));
+  // Labels are drawn from f32 probabilities on every device.
+  sensitivity.loss = "fisher";
+  EXPECT_EQ(head_loss(kernels, 10, sensitivity).traffic_bytes, 320 * (2 + 58 + 8) + 80 * (6 + 14));
+  // Two models' logits written and read twice each.
+  EXPECT_EQ(head_compare(kernels, 10).traffic_bytes, 320 * (2 * 2 + 2 * 4) + 2 * 80 * 6);
+  EXPECT_EQ(head_compare(shapes, 10).traffic_bytes, 320 * (2 * 2 + 2 * 20 + 36) + 2 * 80 * 32);
 }
 
 TEST(Work, SolverByHand) {
   const model::ModelConfig model = tiny_model();
-  const Shapes shapes = Shapes::of(model, true);
+  const Shapes shapes = Shapes::of(model, true, false);
   // The upper triangle in panels of 128, or of 256 above 1024 channels.
   EXPECT_EQ(covariance_add(shapes, 10, 512).f32_flops, 10.0 * 512 * (512 + 128));
   EXPECT_EQ(covariance_add(shapes, 10, 2048).f32_flops, 10.0 * 2048 * (2048 + 256));
+  // Tiles of 48 channels on and above the diagonal.
+  const Shapes kernels = Shapes::of(model, true, true);
+  EXPECT_EQ(covariance_add(kernels, 10, 480).covariance_flops, 10.0 * 2 * 48 * 48 * (10 * 11 / 2));
+  EXPECT_EQ(covariance_add(kernels, 10, 480).f32_flops, 0);
+  EXPECT_EQ(cross_covariance_add(kernels, 10, 480).covariance_flops, 10.0 * 2 * 480 * 480);
+  EXPECT_EQ(cross_covariance_add(shapes, 10, 480).f32_flops, 10.0 * 2 * 480 * 480);
   EXPECT_EQ(factorize(3).f64_factor_flops, 9 + 27);
 
   config::Quantization quantization;
@@ -78,8 +114,27 @@ TEST(Work, SolverByHand) {
   EXPECT_EQ(rows.thin_flops, 128.0 * 256 * 128);
   EXPECT_EQ(rows.column_flops, 128.0 * 256 * 128);
   EXPECT_EQ(rows.candidates, 128.0 * 256);
-  EXPECT_EQ(score(10, 16, quantization, 4).f64_gemm_flops, 2 * 2 * 10 * 16 * 16);
+  EXPECT_EQ(score(10, 16, quantization, 4).thin_flops, 2 * 2 * 10 * 16 * 16);
   EXPECT_EQ(score(10, 16, quantization, 4).candidates, 10.0 * 16 / 4);
+}
+
+TEST(Work, RefinementAndCorrectionByHand) {
+  config::Quantization quantization;
+  quantization.refinement.sweeps = 2;
+  quantization.group = 64;
+  // H (Ŵ − T)ᵀ to start; a sweep updates it after codes and after grids, and multiplies each group's own H
+  // three times, seven where zero points move.
+  EXPECT_EQ(refine_rows(70, 256, quantization).thin_flops, 2.0 * 128 * 256 * (256 + 2 * (2 * 256 + 3 * 64)));
+  EXPECT_EQ(refine_rows(70, 256, quantization).column_flops, 2 * 128.0 * 256 * 128);
+  quantization.symmetric = false;
+  EXPECT_EQ(refine_rows(70, 256, quantization).thin_flops, 2.0 * 128 * 256 * (256 + 2 * (2 * 256 + 7 * 64)));
+
+  // Cholesky and two solves, or two products.
+  EXPECT_DOUBLE_EQ(correction(3, {.correction = "qep"}).f64_factor_flops, 9 + 2 * 27);
+  EXPECT_EQ(correction(3, {.correction = "gptaq"}).f64_gemm_flops, 2 * 2 * 27);
+  // W + W·M and the third objective in f32; C in f64.
+  EXPECT_EQ(correct_rows(64, 16).thin_flops, 2 * 2 * 64 * 16 * 16);
+  EXPECT_EQ(correct_rows(64, 16).f64_gemm_flops, 2 * 64 * 16 * 16);
 }
 
 TEST(Work, CandidatesAreThoseOfTheSearch) {
@@ -102,6 +157,9 @@ TEST(Work, EachPartTakesItsOwnRate) {
   cluster.host.f64_factor_tflops = 4;
   cluster.efficiency.host = 0.25;
   EXPECT_DOUBLE_EQ(seconds({.f64_factor_flops = 5e12}, cluster, true), 5);
+  cluster.compute.covariance_tflops = 2;
+  cluster.efficiency.covariance = 0.5;
+  EXPECT_DOUBLE_EQ(seconds({.covariance_flops = 3e12}, cluster, true), 3);
   cluster.compute.operation_us = 10;
   EXPECT_DOUBLE_EQ(seconds({.n_operations = 100}, cluster, true), 1e-3);
   cluster.compute.host_link_gbs = 1;

@@ -18,19 +18,20 @@ struct Cluster {
   } memory;
   /// Of one rank's device (of its share of the host with device: cpu).
   struct Compute {
-    double bf16_tflops = 0;       ///< matrix product, bf16
-    double f32_tflops = 0;        ///< matrix product, f32 (the covariance)
-    double attention_tflops = 0;  ///< scaled_dot_product_attention, counting causal pairs only
-    double memory_gbs = 0;        ///< GB/s read + written by elementwise operations
-    double operation_us = 0;      ///< to start one operation
-    double host_link_gbs = 0;     ///< device to host and back; only with cuda
+    double bf16_tflops = 0;        ///< matrix product, bf16
+    double f32_tflops = 0;         ///< matrix product, f32
+    double covariance_tflops = 0;  ///< kernels::add_gram, packing included; 0: no AVX-512 BF16, or cuda
+    double attention_tflops = 0;   ///< counting causal pairs only
+    double memory_gbs = 0;         ///< GB/s read + written by elementwise operations
+    double operation_us = 0;       ///< to start one operation
+    double host_link_gbs = 0;      ///< device to host and back; only with cuda
   } compute;
   /// Of one rank's share of the host, where H is factorized and codes are chosen.
   struct Host {
     double threads = 1;
     double f64_factor_tflops = 0;  ///< Cholesky and triangular solve
-    double f64_gemm_tflops = 0;    ///< matrix product
-    double f32_thin_tflops = 0;    ///< product with 64 columns (GPTQ's lazy update)
+    double f64_gemm_tflops = 0;    ///< matrix product (asymmetric correction)
+    double f32_thin_tflops = 0;    ///< product with 64 columns (GPTQ's lazy update, sweeps, objectives)
     double column_gflops = 0;      ///< GPTQ's column loop, one thread
     double candidate_gps = 0;      ///< 1e9 (weight, candidate grid) pairs a second, one thread (clip search)
     double pack_gps = 0;           ///< 1e9 codes packed or unpacked a second, one thread
@@ -48,10 +49,13 @@ struct Cluster {
   } filesystem;
   /// Share of a stated rate that code reaches; 1 for measured rates.
   struct Efficiency {
-    double gemm = 1, f32_gemm = 1, attention = 1, memory = 1, host = 1, network = 1, filesystem = 1;
+    double gemm = 1, f32_gemm = 1, covariance = 1, attention = 1, memory = 1, host = 1, network = 1,
+           filesystem = 1;
   } efficiency;
 
   [[nodiscard]] bool has_devices() const { return device == "cuda"; }
+  /// Whether the kernels of src/kernels run in bf16; elsewhere ATen's operations stand for them.
+  [[nodiscard]] bool has_kernels() const { return !has_devices() && compute.covariance_tflops > 0; }
   [[nodiscard]] int64_t n_ranks() const { return nodes * ranks_per_node; }
 };
 

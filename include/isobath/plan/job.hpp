@@ -53,11 +53,25 @@ struct Job {
   [[nodiscard]] bool is_weighted() const {
     return uses_covariance() && config.quantization.weighting == "sensitivity";
   }
+  [[nodiscard]] bool is_asymmetric() const {
+    return uses_covariance() && config.quantization.asymmetric.is_on();
+  }
+  [[nodiscard]] bool refines() const {
+    return uses_covariance() && config.quantization.refinement.sweeps > 0;
+  }
+  /// Hidden states that travel through the quantize pass: the original model's too, or not.
+  [[nodiscard]] int64_t streams() const { return is_asymmetric() ? 2 : 1; }
+  /// Last blocks of a stage that keep their activations for the backward pass; the others are recomputed.
+  [[nodiscard]] int64_t kept_blocks(int stage) const;
+  /// What a generation saves, all ranks: the streams' hidden states.
+  [[nodiscard]] double hidden_bytes() const;
   /// D of one block, all sequences.
   [[nodiscard]] double token_weight_bytes() const;
   /// Covariances solved together for an input set (BlockSolver::make_units): one for each module and row
   /// group, or one for all with D = 1.
   [[nodiscard]] int64_t units_of(int set) const;
+  /// The most of them that one rank factorizes: roots rotate.
+  [[nodiscard]] int64_t units_of_root(int set) const;
   /// Bytes of a block in the quantized checkpoint.
   [[nodiscard]] double quantized_block_bytes(int64_t block) const;
   /// Bytes of a checkpoint in its own dtype: one block, and what stands outside the blocks.

@@ -13,7 +13,8 @@ struct RankMemory {
     double host_bytes = 0;
   };
   std::vector<Item> items;
-  double one_rank_bytes = 0;  ///< host, beyond the items, on one rank at a time: the one that factorizes
+  double root_bytes = 0;       ///< host, beyond the items, on a rank that factorizes
+  double node_root_bytes = 0;  ///< the same of all ranks of one node that factorize at once
 
   [[nodiscard]] double device_bytes() const;
   [[nodiscard]] double host_bytes() const;
@@ -21,10 +22,12 @@ struct RankMemory {
 
 /// Of the rank at pipeline stage `stage`. The largest replica is meant.
 ///
-/// measure   weights; one input for each block and microbatch in flight (1F1B: stages − stage); the graph of
-///           one block's backward, or the logits of one chunk; D of its blocks; two messages a direction
-/// quantize  weights; the block in work and its codes; hidden states of its share of the sequences; H of the
-///           modules of one input set in panels and partial sums; their factors
+/// measure   weights; one input for each block and microbatch in flight (1F1B: stages − stage), and what the
+///           backward pass needs of as many blocks as ranks.activation_gib holds; the backward pass of one
+///           block, or the logits of one chunk; D of its blocks; two messages a direction
+/// quantize  weights; the block in work and its codes; hidden states of its share of the sequences, twice
+///           with an asymmetric correction; then, while H of the modules of one input set is summed, sums and
+///           partial sums, or, while they are solved, the H and factors (damped H, C, correction) of all
 /// evaluate  the blocks of both models; two hidden states; the logits of one chunk
 [[nodiscard]] RankMemory measure_memory(const Job& job, int stage);
 [[nodiscard]] RankMemory quantize_memory(const Job& job, int stage);
@@ -33,7 +36,7 @@ struct RankMemory {
 /// The most that any stage of the run asks of one device and of one node.
 struct MemoryNeed {
   double device_bytes = 0;
-  double node_bytes = 0;  ///< ranks_per_node times the largest rank, and the factorizing rank's extra
+  double node_bytes = 0;  ///< ranks_per_node times the largest rank, and what those that factorize add
   std::string device_stage, node_stage;
 };
 [[nodiscard]] MemoryNeed memory_need(const Job& job);

@@ -8,16 +8,17 @@ namespace isobath::plan {
 /// What a rank has to do, sorted by what limits its speed. Counts of shapes; no time in them.
 struct Work {
   // On the compute device.
-  double gemm_flops = 0;       ///< matrix products in the compute dtype, 2 a multiply-add
-  double f32_flops = 0;        ///< matrix products in f32
-  double attention_flops = 0;  ///< over causal pairs only
-  double traffic_bytes = 0;    ///< read + written by elementwise operations
-  double n_operations = 0;     ///< operations started
-  double host_link_bytes = 0;  ///< device to host or back; free without devices
+  double gemm_flops = 0;        ///< matrix products in the compute dtype, 2 a multiply-add
+  double f32_flops = 0;         ///< matrix products in f32
+  double covariance_flops = 0;  ///< executed by the tiles of kernels/gram.cpp
+  double attention_flops = 0;   ///< over causal pairs only
+  double traffic_bytes = 0;     ///< read + written by elementwise operations
+  double n_operations = 0;      ///< operations started
+  double host_link_bytes = 0;   ///< device to host or back; free without devices
   // On the host.
   double f64_factor_flops = 0;
   double f64_gemm_flops = 0;
-  double thin_flops = 0;    ///< f32 products with 64 columns
+  double thin_flops = 0;    ///< f32 products with 64 columns or rows
   double column_flops = 0;  ///< of the column loop, on one thread
   double candidates = 0;    ///< (weight, candidate grid) pairs, on one thread
   double packed_codes = 0;  ///< on one thread
@@ -32,14 +33,26 @@ struct Work {
 /// the other.
 [[nodiscard]] double seconds(const Work& work, const Cluster& cluster, bool computes_bf16);
 
+/// Bytes read + written a channel by the operations between products, each pass over a tensor counted.
+struct Passes {
+  double norm, norm_backward, gate, gate_backward;
+  double rotary;  ///< of queries and keys; part of attention where kernels::attention does it
+  double heads;   ///< attention's output to [b, T, d_query]
+
+  /// One pass of src/kernels, or ATen's operations one by one.
+  static Passes of(double element_bytes, bool has_kernels);
+};
+
 /// Sizes that all counts start from.
 struct Shapes {
   const model::ModelConfig* model;
   double element_bytes;  ///< of the compute dtype: 2 (bf16) or 4 (f32)
+  bool has_kernels;      ///< src/kernels runs: bf16 on a CPU that has them
+  Passes passes;
   double d, f, d_query, d_key, vocabulary, n_blocks;
   double block_linears;  ///< weights of the seven linears of a block
 
-  static Shapes of(const model::ModelConfig& model, bool computes_bf16);
+  static Shapes of(const model::ModelConfig& model, bool computes_bf16, bool has_kernels);
   [[nodiscard]] double block_weight_bytes() const;  ///< in the compute dtype, norms included
   [[nodiscard]] double end_weight_bytes() const;    ///< embedding, or lm_head and the final norm
 };
@@ -47,33 +60,56 @@ struct Shapes {
 /// y = block(x): 2 n P for the linears, 2 n T d_query for attention over causal pairs.
 [[nodiscard]] Work forward_block(const Shapes& shapes, double n_tokens, double length);
 
-/// The backward of one block for `samples` gradients: its forward again, then 2 n P (∂L/∂x only: weights are
-/// frozen) and 2.5 times the attention (five products where the forward has two), with what BlockObserver
+/// model::block_backward for `samples` gradients, without recomputing what it needs of the forward: 2 n P
+/// (∂L/∂x only: weights are frozen), the norms' and the gate's outputs again, 2.5 times the attention (five
+/// products where the forward has two; ATen's attention runs forward once more), and what BlockObserver
 /// records at each linear.
 [[nodiscard]] Work backward_block(const Shapes& shapes, double n_tokens, double length,
                                   const config::Sensitivity& sensitivity);
 
 /// model::loss_and_gradient of `n_tokens`: logits once, (p − y) W once a sample, and the passes over [n,
 /// vocab].
-[[nodiscard]] Work head_loss(const Shapes& shapes, double n_tokens, double samples);
+[[nodiscard]] Work head_loss(const Shapes& shapes, double n_tokens, const config::Sensitivity& sensitivity);
 
-/// evaluate::compare of `n_tokens` for one or two models.
-[[nodiscard]] Work head_compare(const Shapes& shapes, double n_tokens, int n_models);
+/// evaluate::compare of `n_tokens` for two models.
+[[nodiscard]] Work head_compare(const Shapes& shapes, double n_tokens);
 
-/// sensitivity::Covariance::add of n rows with d channels: n d (d + panel) f32 flops (upper triangle in
-/// panels).
+/// sensitivity::Covariance::add of n rows with d channels: the upper triangle in tiles, n d (d + 48) flops of
+/// the bf16 kernel, or in panels, n d (d + panel) f32 flops.
 [[nodiscard]] Work covariance_add(const Shapes& shapes, double n_rows, double d);
 /// Covariance::value and its way to the host, once a logical shard.
 [[nodiscard]] Work covariance_close(double d);
 
+/// sensitivity::CrossCovariance::add: 2 n d² flops, in the covariance's dtype.
+[[nodiscard]] Work cross_covariance_add(const Shapes& shapes, double n_rows, double d);
+/// Its way to the host, once a logical shard.
+[[nodiscard]] Work cross_covariance_close(double d);
+/// The inputs' norms that sensitivity.shrinkage needs, for n rows with d channels.
+[[nodiscard]] Work trace_pass(const Shapes& shapes, double n_rows, double d);
+
 /// quant::factorize: d³/3 for the Cholesky factor, d³ for the triangular solve against the identity.
 [[nodiscard]] Work factorize(double d);
+
+/// The correction matrix of one H: qep 7/3 d³ of factor and solve, gptaq 4 d³ of f64 products.
+[[nodiscard]] Work correction(double d, const config::Asymmetric& asymmetric);
+
+/// quant::damped_hessian, which every rank makes of each H when codes are refined.
+[[nodiscard]] Work damped_hessian(double d);
 
 /// quant::gptq of `n_rows` rows (whole tiles of 64): n d² thin, 128 n d in the column loop, the clip search.
 [[nodiscard]] Work solve_rows(double n_rows, double d, const config::Quantization& quantization);
 
-/// BlockSolver::score on the factorizing rank: round-to-nearest of all rows on all threads, and two
-/// objectives, each 2 n d² f64 flops.
+/// quant::refine of `n_rows` rows (whole tiles): 2 n d² thin flops to start; a sweep moves codes (2 n d², and
+/// 128 n d in the column loop) and grids (2 n d², and the products with each group's own H). All sweeps are
+/// counted: they end earlier when nothing moves.
+[[nodiscard]] Work refine_rows(double n_rows, double d, const config::Quantization& quantization);
+
+/// quant::corrected (2 n d² thin flops) and quant::asymmetric_objective (2 n d² thin, 2 n d² f64, C to f64
+/// for each tile) of `n_rows` rows (whole tiles).
+[[nodiscard]] Work correct_rows(double n_rows, double d);
+
+/// Round-to-nearest of `n_rows` rows (whole tiles) on all threads, and two objectives, each 2 n d² thin
+/// flops.
 [[nodiscard]] Work score(double n_rows, double d, const config::Quantization& quantization, double threads);
 
 /// Candidate grids that the clip search tries for one group (quant/candidates.hpp), refinements included.
