@@ -102,7 +102,8 @@ TEST(TokenMetrics, DivergenceIsNeverNegativeBeyondRounding) {
 TEST(TokenMetrics, OfOneModelHoldItsLossOnly) {
   const Models m(1, 20);
   const TokenMetrics alone = compare(m.config, {&m.original, m.hidden_original}, {}, m.tokens)[0];
-  EXPECT_TRUE(at::equal(alone.nll_original, m.compare_all().nll_original));
+  // Another order of the same operations.
+  EXPECT_LT(largest_difference(alone.nll_original, m.compare_all().nll_original), kNatTolerance);
   EXPECT_FALSE(alone.nll_quantized.defined() || alone.kl.defined() || alone.same_top1.defined());
 }
 
