@@ -18,6 +18,9 @@
 namespace isobath::pipeline {
 namespace {
 
+// Windows between two lines of a log.
+constexpr int64_t kWindowsPerLine = 8;
+
 // Rows of the per-token table that every window fills.
 enum MetricRow { kNllOriginal, kNllQuantized, kKl, kSameTop1, kMetricRows };
 
@@ -116,6 +119,9 @@ std::vector<evaluate::Summary> evaluate_model(const Session& session, const Stag
       }
       if (stage > 0 && window + 1 < mine.end) link.expect(shape, tensor_options);
       progress.advance();
+      const int64_t n_done = window - mine.begin + 1;
+      if (n_done % kWindowsPerLine == 0 || n_done == mine.size())
+        progress.note(fmt::format("evaluate: {} of {} windows of rank 0", n_done, mine.size()));
     }
     link.flush();
   }
