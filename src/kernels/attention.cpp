@@ -12,9 +12,6 @@
 namespace isobath::kernels {
 namespace {
 
-constexpr int64_t kQueriesPerTask = 256;
-static_assert(kQueriesPerTask % avx512::kQueryTile == 0);
-
 /// A contiguous [b, T, n·head_dim] bf16 tensor seen head by head.
 struct Heads {
   Heads(const at::Tensor& tensor, int64_t n_heads, int64_t head_dim)
@@ -112,7 +109,6 @@ AttentionOutput attention(const AttentionSpec& spec, const at::Tensor& q, const 
       value_pairs[i] = token_pairs(problem, gathered(problem, values.rows(sequence, head), false));
     }
   });
-  const int64_t n_parts = (q.size(1) + kQueriesPerTask - 1) / kQueriesPerTask;
   at::parallel_for(0, problem.n_sequences * problem.n_heads, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(avx512::kQueryTile * problem.padded);
     std::vector<uint16_t> scratch_bf16(scratch.size());
@@ -120,11 +116,9 @@ AttentionOutput attention(const AttentionSpec& spec, const at::Tensor& q, const 
       const int64_t sequence = i / problem.n_heads, head = i % problem.n_heads;
       const int64_t kv = sequence * problem.n_kv_heads + head / group;
       const std::vector<uint16_t> rotated = gathered(problem, queries.rows(sequence, head), true);
-      for (int64_t part = 0; part < n_parts; ++part)
-        avx512::attend_queries(problem.shape, rotated.data(), key_pairs[kv].data(), value_pairs[kv].data(),
-                               part * kQueriesPerTask, std::min(q.size(1), (part + 1) * kQueriesPerTask),
-                               outputs.mutable_rows(sequence, head), log_sums + i * q.size(1), scratch.data(),
-                               scratch_bf16.data());
+      avx512::attend_queries(problem.shape, rotated.data(), key_pairs[kv].data(), value_pairs[kv].data(),
+                             outputs.mutable_rows(sequence, head), log_sums + i * q.size(1), scratch.data(),
+                             scratch_bf16.data());
     }
   });
   return result;

@@ -39,16 +39,12 @@ void Covariance::add(const at::Tensor& x, const at::Tensor& weights) {
                 "covariance: one weight per row of x [{}, {}] expected", x.size(0), x.size(1));
   if (x.size(0) == 0) return;
   const c10::NoGradGuard no_grad;
-  if (kernels::has_gram(x)) {
-    const at::Tensor roots = weights.defined() ? weights.to(at::kFloat).sqrt() : weights;
-    if (!kernels::add_gram(upper_, x, roots))
-      report_non_finite(x.to(at::kFloat) * (roots.defined() ? roots.unsqueeze(1) : at::ones({1})), weights);
-    return;
-  }
+  const at::Tensor roots = weights.defined() ? weights.to(at::kFloat).sqrt() : weights;
+  if (kernels::has_gram(x) && kernels::add_gram(upper_, x, roots)) return;
   at::Tensor weighted = x.to(at::kFloat).contiguous();
   if (weights.defined()) {
     // √D on both sides keeps the product symmetric, and so half of it unnecessary.
-    weighted = weighted * weights.to(at::kFloat).sqrt().unsqueeze(1);
+    weighted = weighted * roots.unsqueeze(1);
     // 0·inf is NaN: padding may hold anything.
     weighted.masked_fill_((weights == 0).unsqueeze(1), 0.0);
   }

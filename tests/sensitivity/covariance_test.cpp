@@ -71,6 +71,23 @@ TEST(Covariance, TakesNothingFromRowsWithoutWeight) {
   EXPECT_TRUE(at::allclose(covariance.value(), at::tensor({19.0F, 26.0F, 26.0F, 36.0F}).view({2, 2})));
 }
 
+TEST(Covariance, NamesTheBadRowAndNotThePaddingBeforeIt) {
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    at::Tensor x = at::ones({5, 3}, dtype), weights = at::ones({5});
+    x[1][0] = kInfinity;
+    weights[1] = 0;
+    x[3][1] = kInfinity;
+    Covariance covariance(3);
+    try {
+      covariance.add(x, weights);
+      FAIL() << "an infinite activation was accepted";
+    } catch (const NumericError& error) {
+      EXPECT_NE(std::string(error.what()).find("row 3"), std::string::npos) << error.what();
+    }
+    EXPECT_EQ(covariance.value().abs().max().item<float>(), 0.0F);
+  }
+}
+
 TEST(Covariance, NamesTheFirstRowThatIsNotFinite) {
   at::Tensor x = at::ones({5, 3});
   x[3][1] = kInfinity;

@@ -21,7 +21,8 @@ class Covariance {
   ///
   /// Throws   NumericError naming the first row with non-finite D·x² (a negative weight counts as one),
   /// before
-  ///          anything is added.
+  ///          anything is added. Where `kernels::add_gram` works, √D·x is what must be finite: squares that
+  ///          overflow f32 (|x| > 1e19) end in a non-finite H, which the factorization refuses.
   void add(const at::Tensor& x, const at::Tensor& weights);
 
   /// [d, d] f32, symmetric.

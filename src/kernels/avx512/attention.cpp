@@ -36,10 +36,6 @@ ISOBATH_INLINE void scores(HeadShape shape, const uint16_t* queries, const uint3
   }
 }
 
-ISOBATH_INLINE __mmask16 first_lanes(int64_t n) {
-  return static_cast<__mmask16>(n >= kLanes ? 0xffff : n <= 0 ? 0 : (1 << n) - 1);
-}
-
 // row[0, n_keys) of scores to bf16 exp₂(scale·s − max), zero beyond n_valid; returns the sum, sets largest.
 ISOBATH_INLINE float exponentials(const float* row, float scale, int64_t n_valid, int64_t n_keys,
                                   uint16_t* to, float& largest) {
@@ -117,12 +113,11 @@ void pair_tokens(HeadShape shape, const uint16_t* rows, uint32_t* to) {
 }
 
 void attend_queries(HeadShape shape, const uint16_t* queries, const uint32_t* keys, const uint32_t* values,
-                    int64_t begin, int64_t end, MutableRows out, float* log_sums, float* scratch,
-                    uint16_t* scratch_bf16) {
+                    MutableRows out, float* log_sums, float* scratch, uint16_t* scratch_bf16) {
   const int64_t d = shape.head_dim, padded = padded_length(shape.n_tokens);
   const float scale = shape.scale * kLog2E;
-  for (int64_t query = begin; query < end; query += kQueryTile) {
-    const int64_t n_rows = end - query < kQueryTile ? end - query : kQueryTile;
+  for (int64_t query = 0; query < shape.n_tokens; query += kQueryTile) {
+    const int64_t n_left = shape.n_tokens - query, n_rows = n_left < kQueryTile ? n_left : kQueryTile;
     const int64_t n_keys = (query + kQueryTile + kKeyTile - 1) / kKeyTile * kKeyTile;
     scores(shape, queries + query * d, keys, padded, n_keys, scratch);
     float inverse[kQueryTile] = {};

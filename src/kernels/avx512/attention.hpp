@@ -43,12 +43,11 @@ void pair_channels(HeadShape shape, const uint16_t* rows, uint32_t* to);
 /// to [padded / 2, head_dim] u32: pairs of tokens of gathered rows [padded, head_dim].
 void pair_tokens(HeadShape shape, const uint16_t* rows, uint32_t* to);
 
-/// Causal attention of queries [begin, end) of one head; begin is a multiple of kQueryTile. queries [padded,
+/// Causal attention of one head. queries [padded,
 /// head_dim] gathered and rotated, keys as `pair_channels`, values as `pair_tokens`. log_sums [n_tokens]:
 /// log₂ Σ exp₂ of the scaled scores. scratch: kQueryTile · padded f32 and as many bf16.
 void attend_queries(HeadShape shape, const uint16_t* queries, const uint32_t* keys, const uint32_t* values,
-                    int64_t begin, int64_t end, MutableRows out, float* log_sums, float* scratch,
-                    uint16_t* scratch_bf16);
+                    MutableRows out, float* log_sums, float* scratch, uint16_t* scratch_bf16);
 
 /// What the backward pass of one query head reads, all gathered ([padded, head_dim]) and paired as named.
 struct BackwardInputs {

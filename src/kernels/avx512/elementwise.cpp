@@ -14,12 +14,6 @@
 namespace isobath::kernels::avx512 {
 namespace {
 
-ISOBATH_INLINE __mmask16 lanes_left(int64_t n) {
-  return static_cast<__mmask16>(n >= kLanes ? 0xffff : (1 << n) - 1);
-}
-ISOBATH_INLINE __m512 load_some(const uint16_t* from, __mmask16 lanes) {
-  return widen(_mm256_maskz_loadu_epi16(lanes, from));
-}
 ISOBATH_INLINE void store_some(uint16_t* to, __mmask16 lanes, __m512 value) {
   _mm256_mask_storeu_epi16(to, lanes, narrow(value));
 }
@@ -30,7 +24,7 @@ ISOBATH_INLINE __m512 rounded(__m512 value) {
 ISOBATH_INLINE float inverse_rms(const uint16_t* x, int64_t d, float eps) {
   __m512 squares = _mm512_setzero_ps();
   for (int64_t j = 0; j < d; j += kLanes) {
-    const __m512 value = load_some(x + j, lanes_left(d - j));
+    const __m512 value = load_bf16(x + j, first_lanes(d - j));
     squares = _mm512_fmadd_ps(value, value, squares);
   }
   return 1.0F / std::sqrt(_mm512_reduce_add_ps(squares) / static_cast<float>(d) + eps);
@@ -46,9 +40,9 @@ ISOBATH_INLINE __m512 sigmoid(__m512 x) {
 void rms_norm_row(const uint16_t* x, const uint16_t* weight, int64_t d, float eps, uint16_t* to) {
   const __m512 scale = _mm512_set1_ps(inverse_rms(x, d, eps));
   for (int64_t j = 0; j < d; j += kLanes) {
-    const __mmask16 lanes = lanes_left(d - j);
-    const __m512 unit = rounded(_mm512_mul_ps(load_some(x + j, lanes), scale));
-    store_some(to + j, lanes, _mm512_mul_ps(load_some(weight + j, lanes), unit));
+    const __mmask16 lanes = first_lanes(d - j);
+    const __m512 unit = rounded(_mm512_mul_ps(load_bf16(x + j, lanes), scale));
+    store_some(to + j, lanes, _mm512_mul_ps(load_bf16(weight + j, lanes), unit));
   }
 }
 
@@ -58,25 +52,25 @@ void rms_norm_backward_row(const uint16_t* x, const uint16_t* weight, int64_t d,
   const __m512 scale = _mm512_set1_ps(inverse);
   __m512 sums = _mm512_setzero_ps();
   for (int64_t j = 0; j < d; j += kLanes) {
-    const __mmask16 lanes = lanes_left(d - j);
-    const __m512 g = _mm512_mul_ps(load_some(gradient + j, lanes), load_some(weight + j, lanes));
-    sums = _mm512_fmadd_ps(g, load_some(x + j, lanes), sums);
+    const __mmask16 lanes = first_lanes(d - j);
+    const __m512 g = _mm512_mul_ps(load_bf16(gradient + j, lanes), load_bf16(weight + j, lanes));
+    sums = _mm512_fmadd_ps(g, load_bf16(x + j, lanes), sums);
   }
   // mean(g · unit) · unit = Σ g x · scale² / d · x
   const __m512 along = _mm512_set1_ps(_mm512_reduce_add_ps(sums) * inverse * inverse / static_cast<float>(d));
   for (int64_t j = 0; j < d; j += kLanes) {
-    const __mmask16 lanes = lanes_left(d - j);
-    const __m512 g = _mm512_mul_ps(load_some(gradient + j, lanes), load_some(weight + j, lanes));
-    const __m512 across = _mm512_fnmadd_ps(load_some(x + j, lanes), along, g);
-    store_some(to + j, lanes, _mm512_fmadd_ps(across, scale, load_some(residual + j, lanes)));
+    const __mmask16 lanes = first_lanes(d - j);
+    const __m512 g = _mm512_mul_ps(load_bf16(gradient + j, lanes), load_bf16(weight + j, lanes));
+    const __m512 across = _mm512_fnmadd_ps(load_bf16(x + j, lanes), along, g);
+    store_some(to + j, lanes, _mm512_fmadd_ps(across, scale, load_bf16(residual + j, lanes)));
   }
 }
 
 void gated_row(const uint16_t* gate, const uint16_t* up, int64_t n, uint16_t* to) {
   for (int64_t j = 0; j < n; j += kLanes) {
-    const __mmask16 lanes = lanes_left(n - j);
-    const __m512 g = load_some(gate + j, lanes);
-    store_some(to + j, lanes, _mm512_mul_ps(rounded(_mm512_mul_ps(g, sigmoid(g))), load_some(up + j, lanes)));
+    const __mmask16 lanes = first_lanes(n - j);
+    const __m512 g = load_bf16(gate + j, lanes);
+    store_some(to + j, lanes, _mm512_mul_ps(rounded(_mm512_mul_ps(g, sigmoid(g))), load_bf16(up + j, lanes)));
   }
 }
 
@@ -84,9 +78,9 @@ void gated_backward_row(const uint16_t* gate, const uint16_t* up, const uint16_t
                         uint16_t* gate_gradient, uint16_t* up_gradient) {
   const __m512 one = _mm512_set1_ps(1.0F);
   for (int64_t j = 0; j < n; j += kLanes) {
-    const __mmask16 lanes = lanes_left(n - j);
-    const __m512 g = load_some(gate + j, lanes), u = load_some(up + j, lanes),
-                 d = load_some(gradient + j, lanes);
+    const __mmask16 lanes = first_lanes(n - j);
+    const __m512 g = load_bf16(gate + j, lanes), u = load_bf16(up + j, lanes),
+                 d = load_bf16(gradient + j, lanes);
     const __m512 s = sigmoid(g);
     store_some(up_gradient + j, lanes, _mm512_mul_ps(d, _mm512_mul_ps(g, s)));
     // silu'(g) = s (1 + g (1 − s))

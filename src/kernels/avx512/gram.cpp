@@ -42,10 +42,8 @@ bool pack_gram_panel(const uint16_t* x, int64_t row_stride, int64_t n_rows, int6
     const float first_root = roots == nullptr ? 1.0F : roots[row];
     const float second_root = roots == nullptr || second == nullptr ? 1.0F : roots[row + 1];
     for (int v = 0; v < kTileVectors; ++v) {
-      const int64_t channel = v * kLanes, n_left = n_channels - channel;
-      const auto mask = static_cast<__mmask16>(n_left >= kLanes ? 0xffff
-                                               : n_left <= 0    ? 0
-                                                                : (1 << n_left) - 1);
+      const int64_t channel = v * kLanes;
+      const __mmask16 mask = first_lanes(n_channels - channel);
       const __m512i pairs = weigh(first + channel, second == nullptr ? nullptr : second + channel, mask,
                                   first_root, second_root, bad);
       _mm512_storeu_si512(packed + row / 2 * kGramPanel + channel, pairs);
@@ -65,10 +63,7 @@ void add_gram_tiles(const uint32_t* rows_panel, const uint32_t* columns_panel, i
       float* target = c + (row + r) * c_stride;
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVectors; ++v) {
-        const int64_t n_left = n_columns - v * kLanes;
-        const auto mask = static_cast<__mmask16>(n_left >= kLanes ? 0xffff
-                                                 : n_left <= 0    ? 0
-                                                                  : (1 << n_left) - 1);
+        const __mmask16 mask = first_lanes(n_columns - v * kLanes);
         const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, target + v * kLanes), tile.sum[r][v]);
         _mm512_mask_storeu_ps(target + v * kLanes, mask, sum);
       }

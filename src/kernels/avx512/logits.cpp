@@ -15,13 +15,6 @@ namespace {
 constexpr float kLowest = -3.4028235e38F;
 constexpr float kLog2E = 1.44269504F;
 
-ISOBATH_INLINE __mmask16 lanes_left(int64_t n) {
-  return static_cast<__mmask16>(n >= kLanes ? 0xffff : (1 << n) - 1);
-}
-ISOBATH_INLINE __m512 load_some(const uint16_t* from, __mmask16 lanes) {
-  return widen(_mm256_maskz_loadu_epi16(lanes, from));
-}
-
 }  // namespace
 
 Peak largest(const uint16_t* logits, int64_t n) {
@@ -30,8 +23,8 @@ Peak largest(const uint16_t* logits, int64_t n) {
   __m512i places = _mm512_setzero_si512();
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   for (int64_t j = 0; j < n; j += kLanes) {
-    const __mmask16 lanes = lanes_left(n - j);
-    const __m512 value = _mm512_mask_mov_ps(lowest, lanes, load_some(logits + j, lanes));
+    const __mmask16 lanes = first_lanes(n - j);
+    const __m512 value = _mm512_mask_mov_ps(lowest, lanes, load_bf16(logits + j, lanes));
     const __mmask16 is_larger = _mm512_cmp_ps_mask(value, maxima, _CMP_GT_OQ);
     maxima = _mm512_mask_mov_ps(maxima, is_larger, value);
     places = _mm512_mask_add_epi32(places, is_larger, lane, _mm512_set1_epi32(static_cast<int>(j)));
@@ -45,15 +38,15 @@ float softmax_row(const uint16_t* logits, int64_t n, float peak, uint16_t* to) {
   const __m512 scale = _mm512_set1_ps(kLog2E), offset = _mm512_set1_ps(-peak * kLog2E);
   __m512 sums = _mm512_setzero_ps();
   for (int64_t j = 0; j < n; j += kLanes) {
-    const __mmask16 lanes = lanes_left(n - j);
-    const __m512 value = exp2(_mm512_fmadd_ps(load_some(logits + j, lanes), scale, offset));
+    const __mmask16 lanes = first_lanes(n - j);
+    const __m512 value = exp2(_mm512_fmadd_ps(load_bf16(logits + j, lanes), scale, offset));
     sums = _mm512_mask_add_ps(sums, lanes, sums, value);
   }
   const float sum = _mm512_reduce_add_ps(sums);
   const __m512 inverse = _mm512_set1_ps(1.0F / sum);
   for (int64_t j = 0; j < n; j += kLanes) {
-    const __mmask16 lanes = lanes_left(n - j);
-    const __m512 value = exp2(_mm512_fmadd_ps(load_some(logits + j, lanes), scale, offset));
+    const __mmask16 lanes = first_lanes(n - j);
+    const __m512 value = exp2(_mm512_fmadd_ps(load_bf16(logits + j, lanes), scale, offset));
     _mm256_mask_storeu_epi16(to + j, lanes, narrow(_mm512_mul_ps(value, inverse)));
   }
   return sum;
@@ -64,9 +57,9 @@ Divergence divergence_row(const uint16_t* p, const uint16_t* q, int64_t n, float
                from_q = _mm512_set1_ps(peak_q);
   __m512 sums_p = _mm512_setzero_ps(), sums_q = sums_p, moments = sums_p;
   for (int64_t j = 0; j < n; j += kLanes) {
-    const __mmask16 lanes = lanes_left(n - j);
-    const __m512 below_p = _mm512_sub_ps(load_some(p + j, lanes), from_p);
-    const __m512 below_q = _mm512_sub_ps(load_some(q + j, lanes), from_q);
+    const __mmask16 lanes = first_lanes(n - j);
+    const __m512 below_p = _mm512_sub_ps(load_bf16(p + j, lanes), from_p);
+    const __m512 below_q = _mm512_sub_ps(load_bf16(q + j, lanes), from_q);
     const __m512 weight_p = exp2(_mm512_mul_ps(below_p, scale));
     sums_p = _mm512_mask_add_ps(sums_p, lanes, sums_p, weight_p);
     sums_q = _mm512_mask_add_ps(sums_q, lanes, sums_q, exp2(_mm512_mul_ps(below_q, scale)));

@@ -71,6 +71,14 @@ ISOBATH_INLINE __m512 load_bf16(const uint16_t* from) {
 ISOBATH_INLINE void store_bf16(uint16_t* to, __m512 value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow(value));
 }
+/// The first n lanes, all of them from kLanes on.
+ISOBATH_INLINE __mmask16 first_lanes(int64_t n) {
+  return static_cast<__mmask16>(n >= kLanes ? 0xffff : n <= 0 ? 0 : (1 << n) - 1);
+}
+/// Zero in the other lanes, which are not read.
+ISOBATH_INLINE __m512 load_bf16(const uint16_t* from, __mmask16 lanes) {
+  return widen(_mm256_maskz_loadu_epi16(lanes, from));
+}
 /// Lane j: the pair (first[j], second[j]).
 ISOBATH_INLINE __m512i pair_up(__m256i first, __m256i second) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));

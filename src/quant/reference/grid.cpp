@@ -1,23 +1,15 @@
 #include <ATen/ATen.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 
 #include <cmath>
 #include <isobath/quant/reference.hpp>
 #include <limits>
 
 #include "../candidates.hpp"
+#include "stored.hpp"
 
 namespace isobath::quant::reference {
 
 namespace {
-
-double stored(double value, at::ScalarType dtype) {
-  const auto single = static_cast<float>(value);
-  if (dtype == at::kBFloat16) return static_cast<float>(c10::BFloat16(single));
-  if (dtype == at::kHalf) return static_cast<float>(c10::Half(single));
-  return single;
-}
 
 struct Grid {
   double scale;
