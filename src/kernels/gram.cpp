@@ -3,118 +3,234 @@
 
 #include <atomic>
 #include <isobath/core/error.hpp>
+#include <isobath/core/partition.hpp>
 #include <isobath/kernels/cpu.hpp>
 #include <isobath/kernels/gram.hpp>
+#include <vector>
 
+#include "avx2/product.hpp"
 #include "avx512/gram.hpp"
 
 namespace isobath::kernels {
 namespace {
 
-/// Tokens whose packed panel of 48 channels (24 KiB) stays in the first-level cache.
+/// Tokens summed in registers before they meet C: their packed panels stay in the first-level cache.
 constexpr int64_t kTokensPerPass = 256;
 
-/// x [n, d] in packed panels, pass by pass: [n_passes, n_panels, kTokensPerPass/2 · kGramPanel] pairs.
-struct Packed {
-  static constexpr int64_t kPanelSize = kTokensPerPass / 2 * avx512::kGramPanel;
+/// Words of x that are packed at once; more tokens follow in chunks of whole passes.
+constexpr int64_t kChunkWords = int64_t{1} << 22;
+constexpr int64_t kChunkTokens = 512;
 
-  Packed(const at::Tensor& x, const at::Tensor& roots)
-      : n(x.size(0)),
-        d(x.size(1)),
-        n_panels((d + avx512::kGramPanel - 1) / avx512::kGramPanel),
-        n_passes((n + kTokensPerPass - 1) / kTokensPerPass),
-        scratch(at::empty({n_passes * n_panels * kPanelSize}, at::kInt)) {
-    const at::Tensor rows = x.stride(1) == 1 ? x : x.contiguous();
-    const at::Tensor weights = roots.defined() ? roots.contiguous() : roots;
-    const auto* from = reinterpret_cast<const uint16_t*>(rows.const_data_ptr<at::BFloat16>());
-    const float* root = weights.defined() ? weights.const_data_ptr<float>() : nullptr;
-    auto* to = reinterpret_cast<uint32_t*>(scratch.mutable_data_ptr<int32_t>());
-    const int64_t stride = rows.stride(0);
-    std::atomic<bool> all_finite = true;
-    at::parallel_for(0, n_passes * n_panels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t row = i / n_panels * kTokensPerPass, channel = i % n_panels * avx512::kGramPanel;
-        if (!avx512::pack_gram_panel(from + row * stride + channel, stride, std::min(kTokensPerPass, n - row),
-                                     channels(i % n_panels), root == nullptr ? nullptr : root + row,
-                                     to + i * kPanelSize))
-          all_finite = false;
-      }
-    });
-    is_finite = all_finite;
-  }
-  [[nodiscard]] const uint32_t* panel(int64_t pass, int64_t i) const {
-    return reinterpret_cast<const uint32_t*>(scratch.const_data_ptr<int32_t>()) +
-           (pass * n_panels + i) * kPanelSize;
-  }
-  [[nodiscard]] int64_t channels(int64_t i) const {
-    return std::min(avx512::kGramPanel, d - i * avx512::kGramPanel);
-  }
-  [[nodiscard]] int64_t pairs(int64_t pass) const {
-    return (std::min(kTokensPerPass, n - pass * kTokensPerPass) + 1) / 2;
-  }
+/// Channels of a block of C that stays in the second-level cache while all tokens of a chunk are added.
+constexpr int64_t kBlockChannels = 144;
 
-  int64_t n, d, n_panels, n_passes;
-  at::Tensor scratch;
-  bool is_finite = true;
+/// bf16 on AVX-512: both sides of a product read the same pairs of tokens.
+struct Bf16Kernel {
+  using Scalar = at::BFloat16;
+  using Word = uint32_t;
+  static constexpr int64_t kPanel = avx512::kGramPanel;
+  static constexpr int64_t panel_size(int64_t n_tokens) { return (n_tokens + 1) / 2 * kPanel; }
+  static bool pack(const Scalar* x, int64_t stride, int64_t n_rows, int64_t n_channels, const float* roots,
+                   Word* to) {
+    return avx512::pack_gram_panel(reinterpret_cast<const uint16_t*>(x), stride, n_rows, n_channels, roots,
+                                   to);
+  }
+  static void add(const Word* rows, const Word* columns, int64_t n_tokens, int64_t n_rows, int64_t n_columns,
+                  float* c, int64_t stride) {
+    avx512::add_gram_tiles(rows, columns, (n_tokens + 1) / 2, n_rows, n_columns, c, stride);
+  }
 };
 
-/// Adds panel i of `left` against panel j of `right` in one pass to c [d, d].
-void add_tiles(const Packed& left, int64_t i, const Packed& right, int64_t j, int64_t pass, float* c) {
-  avx512::add_gram_tiles(left.panel(pass, i), right.panel(pass, j), left.pairs(pass), left.channels(i),
-                         right.channels(j), c + i * avx512::kGramPanel * right.d + j * avx512::kGramPanel,
-                         right.d);
+struct F32Kernel {
+  using Scalar = float;
+  using Word = float;
+  static constexpr int64_t kPanel = avx2::kPanel;
+  static constexpr int64_t panel_size(int64_t n_tokens) { return avx2::gram_panel_size(n_tokens); }
+  static constexpr auto pack = avx2::pack_gram_panel;
+  static constexpr auto add = avx2::add_gram_tiles;
+};
+
+static_assert(kGramAlignment % Bf16Kernel::kPanel == 0 && kGramAlignment % F32Kernel::kPanel == 0);
+static_assert(kBlockChannels % Bf16Kernel::kPanel == 0 && kBlockChannels % F32Kernel::kPanel == 0);
+
+/// A chunk of tokens of x [n, d] in packed panels: [n_passes, n_panels, panel].
+template <class Kernel>
+class Packed {
+ public:
+  /// Of the first n_channels of x.
+  Packed(const at::Tensor& x, const at::Tensor& roots, int64_t n_channels)
+      : rows_(x.stride(1) == 1 ? x : x.contiguous()),
+        roots_(roots.defined() ? roots.contiguous() : roots),
+        n_channels_(n_channels),
+        n_panels_((n_channels + Kernel::kPanel - 1) / Kernel::kPanel) {
+    const int64_t n = x.size(0);
+    chunk_tokens_ = n * n_channels <= kChunkWords ? n : kChunkTokens;
+    const int64_t n_passes = (std::min(n, chunk_tokens_) + kTokensPerPass - 1) / kTokensPerPass;
+    scratch_ = at::empty({n_passes * n_panels_ * kPanelSize}, at::kFloat);
+  }
+
+  [[nodiscard]] int64_t n_chunks() const { return (rows_.size(0) + chunk_tokens_ - 1) / chunk_tokens_; }
+
+  /// Packs one chunk in place of the one before; false when a value may not be used.
+  [[nodiscard]] bool pack(int64_t chunk) {
+    first_ = chunk * chunk_tokens_;
+    n_tokens_ = std::min(chunk_tokens_, rows_.size(0) - first_);
+    const auto* from = rows_.const_data_ptr<typename Kernel::Scalar>();
+    const float* root = roots_.defined() ? roots_.const_data_ptr<float>() : nullptr;
+    auto* to = reinterpret_cast<typename Kernel::Word*>(scratch_.mutable_data_ptr<float>());
+    const int64_t stride = rows_.stride(0);
+    std::atomic<bool> all_usable = true;
+    at::parallel_for(0, n_passes() * n_panels_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t pass = i / n_panels_, panel = i % n_panels_;
+        const int64_t row = first_ + pass * kTokensPerPass;
+        if (!Kernel::pack(from + row * stride + panel * Kernel::kPanel, stride, tokens(pass), channels(panel),
+                          root == nullptr ? nullptr : root + row, to + i * kPanelSize))
+          all_usable = false;
+      }
+    });
+    return all_usable;
+  }
+
+  [[nodiscard]] const typename Kernel::Word* panel(int64_t pass, int64_t i) const {
+    return reinterpret_cast<const typename Kernel::Word*>(scratch_.const_data_ptr<float>()) +
+           (pass * n_panels_ + i) * kPanelSize;
+  }
+  [[nodiscard]] int64_t n_panels() const { return n_panels_; }
+  [[nodiscard]] int64_t n_passes() const { return (n_tokens_ + kTokensPerPass - 1) / kTokensPerPass; }
+  [[nodiscard]] int64_t tokens(int64_t pass) const {
+    return std::min(kTokensPerPass, n_tokens_ - pass * kTokensPerPass);
+  }
+  [[nodiscard]] int64_t channels(int64_t i) const {
+    return std::min(Kernel::kPanel, n_channels_ - i * Kernel::kPanel);
+  }
+
+ private:
+  static constexpr int64_t kPanelSize = Kernel::panel_size(kTokensPerPass);
+  static_assert(sizeof(typename Kernel::Word) == sizeof(float));
+
+  at::Tensor rows_, roots_, scratch_;
+  int64_t n_channels_, n_panels_, chunk_tokens_ = 0, first_ = 0, n_tokens_ = 0;
+};
+
+/// What a product is added to: its columns from `first_column` on, which starts a panel.
+struct Target {
+  float* data;
+  int64_t stride, first_column;
+};
+
+enum class Part { upper, all };
+
+/// Adds the products of one packed chunk, panels [first column's, last) of `columns` against those of `rows`.
+template <class Kernel>
+void add_products(const Packed<Kernel>& rows, const Packed<Kernel>& columns, Target c, Part part) {
+  constexpr int64_t kBlock = kBlockChannels / Kernel::kPanel;
+  const int64_t first = c.first_column / Kernel::kPanel;
+  std::vector<std::pair<int64_t, int64_t>> blocks;  // first panels of rows and columns
+  for (int64_t j = first; j < columns.n_panels(); j += kBlock) {
+    const int64_t end = part == Part::upper ? std::min(j + kBlock, rows.n_panels()) : rows.n_panels();
+    for (int64_t i = 0; i < end; i += kBlock) blocks.emplace_back(i, j);
+  }
+  const auto add_block = [&](int64_t first_row, int64_t first_column) {
+    const int64_t row_end = std::min(first_row + kBlock, rows.n_panels()),
+                  column_end = std::min(first_column + kBlock, columns.n_panels());
+    for (int64_t pass = 0; pass < rows.n_passes(); ++pass)
+      for (int64_t j = first_column; j < column_end; ++j) {
+        const int64_t end = part == Part::upper ? std::min(row_end, j + 1) : row_end;
+        for (int64_t i = first_row; i < end; ++i)
+          Kernel::add(rows.panel(pass, i), columns.panel(pass, j), rows.tokens(pass), rows.channels(i),
+                      columns.channels(j),
+                      c.data + i * Kernel::kPanel * c.stride + j * Kernel::kPanel - c.first_column, c.stride);
+      }
+  };
+  // A block of C belongs to one thread, which adds the passes in order.
+  at::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) add_block(blocks[b].first, blocks[b].second);
+  });
 }
 
-void check_sum(const at::Tensor& sum, int64_t d) {
-  ISOBATH_CHECK(sum.dim() == 2 && sum.size(0) == d && sum.size(1) == d && sum.is_contiguous() &&
+/// Whether every chunk of x may be used. The last one stays packed.
+template <class Kernel>
+bool is_usable(Packed<Kernel>& x) {
+  for (int64_t chunk = 0; chunk < x.n_chunks(); ++chunk)
+    if (!x.pack(chunk)) return false;
+  return true;
+}
+
+template <class Kernel>
+bool add_gram_as(Target c, int64_t n_channels, const at::Tensor& x, const at::Tensor& roots) {
+  Packed<Kernel> packed(x, roots, n_channels);
+  if (!is_usable(packed)) return false;
+  for (int64_t chunk = 0; chunk < packed.n_chunks(); ++chunk) {
+    // Large matrices only, where packing twice costs nothing beside the product.
+    if (packed.n_chunks() > 1) (void)packed.pack(chunk);
+    add_products(packed, packed, c, Part::upper);
+  }
+  return true;
+}
+
+template <class Kernel>
+bool add_product_as(Target c, const at::Tensor& a, const at::Tensor& b) {
+  Packed<Kernel> left(a, {}, a.size(1)), right(b, {}, b.size(1));
+  if (!is_usable(left) || !is_usable(right)) return false;
+  for (int64_t chunk = 0; chunk < left.n_chunks(); ++chunk) {
+    if (left.n_chunks() > 1) {
+      (void)left.pack(chunk);
+      (void)right.pack(chunk);
+    }
+    add_products(left, right, c, Part::all);
+  }
+  return true;
+}
+
+void check_input(const at::Tensor& x, const at::Tensor& roots) {
+  ISOBATH_CHECK(has_gram(x) && x.dim() == 2, "this machine has no Gram kernel for such an input");
+  ISOBATH_CHECK(!roots.defined() || (roots.numel() == x.size(0) && roots.scalar_type() == at::kFloat),
+                "roots [{}] f32", x.size(0));
+}
+
+void check_sum(const at::Tensor& sum, int64_t n_rows, int64_t n_columns) {
+  ISOBATH_CHECK(sum.dim() == 2 && sum.size(0) == n_rows && sum.size(1) == n_columns && sum.is_contiguous() &&
                     sum.scalar_type() == at::kFloat,
-                "a contiguous f32 sum [{}, {}] expected", d, d);
+                "a contiguous f32 sum [{}, {}] expected", n_rows, n_columns);
+}
+
+bool is_bf16(const at::Tensor& x) {
+  return x.scalar_type() == at::kBFloat16;
 }
 
 }  // namespace
 
 bool has_gram(const at::Tensor& x) {
-  return has_avx512_bf16() && x.is_cpu() && x.scalar_type() == at::kBFloat16;
+  return x.is_cpu() && implementation_of(x.scalar_type()) != "aten";
+}
+
+bool add_gram_panel(at::Tensor& panel, int64_t begin, const at::Tensor& x, const at::Tensor& roots) {
+  check_input(x, roots);
+  ISOBATH_CHECK(panel.dim() == 2 && begin >= 0 && begin % kGramAlignment == 0 &&
+                    panel.size(0) == begin + panel.size(1) && panel.size(0) <= x.size(1),
+                "a panel of columns from {} on of a sum over {} channels", begin, x.size(1));
+  check_sum(panel, panel.size(0), panel.size(1));
+  if (x.size(0) == 0 || panel.numel() == 0) return true;
+  const Target c{panel.mutable_data_ptr<float>(), panel.size(1), begin};
+  return is_bf16(x) ? add_gram_as<Bf16Kernel>(c, panel.size(0), x, roots)
+                    : add_gram_as<F32Kernel>(c, panel.size(0), x, roots);
 }
 
 bool add_gram(at::Tensor& upper, const at::Tensor& x, const at::Tensor& roots) {
-  ISOBATH_CHECK(has_gram(x) && x.dim() == 2, "add_gram needs AVX-512 BF16 and x [n, d] bf16");
-  check_sum(upper, x.size(1));
-  ISOBATH_CHECK(!roots.defined() || (roots.numel() == x.size(0) && roots.scalar_type() == at::kFloat),
-                "roots [{}] f32", x.size(0));
-  if (x.numel() == 0) return true;
-  const Packed packed(x, roots);
-  if (!packed.is_finite) return false;
-  // Panel j holds j + 1 tiles: one from each end makes equal portions. Passes are added in order, whatever
-  // the threads.
-  auto* c = upper.mutable_data_ptr<float>();
-  at::parallel_for(0, (packed.n_panels + 1) / 2, 1, [&](int64_t begin, int64_t end) {
-    const auto add_panel = [&](int64_t j) {
-      for (int64_t pass = 0; pass < packed.n_passes; ++pass)
-        for (int64_t i = 0; i <= j; ++i) add_tiles(packed, i, packed, j, pass, c);
-    };
-    for (int64_t t = begin; t < end; ++t) {
-      add_panel(t);
-      if (packed.n_panels - 1 - t != t) add_panel(packed.n_panels - 1 - t);
-    }
-  });
-  return true;
+  ISOBATH_CHECK(x.dim() == 2, "x [n, d] expected");
+  check_sum(upper, x.size(1), x.size(1));
+  return add_gram_panel(upper, 0, x, roots);
 }
 
 bool add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
-  ISOBATH_CHECK(has_gram(a) && has_gram(b) && a.dim() == 2 && a.sizes() == b.sizes(),
-                "add_product needs AVX-512 BF16 and two bf16 [n, d]");
-  check_sum(sum, a.size(1));
+  check_input(a, {});
+  ISOBATH_CHECK(a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type() && b.is_cpu(),
+                "add_product needs two inputs [n, d] of one dtype");
+  check_sum(sum, a.size(1), a.size(1));
   if (a.numel() == 0) return true;
-  const Packed left(a, {}), right(b, {});
-  if (!left.is_finite || !right.is_finite) return false;
-  auto* c = sum.mutable_data_ptr<float>();
-  at::parallel_for(0, right.n_panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j)
-      for (int64_t pass = 0; pass < left.n_passes; ++pass)
-        for (int64_t i = 0; i < left.n_panels; ++i) add_tiles(left, i, right, j, pass, c);
-  });
-  return true;
+  const Target c{sum.mutable_data_ptr<float>(), sum.size(1), 0};
+  return is_bf16(a) ? add_product_as<Bf16Kernel>(c, a, b) : add_product_as<F32Kernel>(c, a, b);
 }
 
 }  // namespace isobath::kernels

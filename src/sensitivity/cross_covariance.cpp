@@ -37,9 +37,8 @@ void CrossCovariance::add(const at::Tensor& x, const at::Tensor& original, const
         "non-finite weighted deviation in row {}; check the calibration sequence at that row",
         row);
   }
-  const bool is_bf16 = x.scalar_type() == at::kBFloat16;
-  if (is_bf16 && kernels::has_gram(x) &&
-      kernels::add_product(sum_, deviation.to(at::kBFloat16), input.to(at::kBFloat16)))
+  if (kernels::has_gram(x) &&
+      kernels::add_product(sum_, deviation.to(x.scalar_type()), input.to(x.scalar_type())))
     return;
   sum_.addmm_(deviation.t(), input);
 }

@@ -1,10 +1,21 @@
 #pragma once
+#include <c10/core/ScalarType.h>
 
+#include <string_view>
+
+/// Which implementation of this module's functions runs on this machine, decided once a process. The
+/// environment variable ISOBATH_KERNELS=aten|avx2|avx512 caps it, for comparisons; any other value throws
+/// ConfigError.
 namespace isobath::kernels {
 
-/// Whether this machine multiplies bf16 with VDPBF16PS and the kernels of this module use it. The environment
-/// variable ISOBATH_NO_AVX512_BF16=1 says no, for comparisons; it is part of no fingerprint, so use it for a
-/// whole run.
+/// bf16 tensors go through kernels on VDPBF16PS.
 [[nodiscard]] bool has_avx512_bf16();
+
+/// f32 tensors go through kernels on AVX2 and FMA.
+[[nodiscard]] bool has_avx2();
+
+/// "avx512", "avx2" or "aten": what takes CPU tensors of this dtype. Results differ between them in rounding,
+/// so it belongs to the fingerprint of a run.
+[[nodiscard]] std::string_view implementation_of(c10::ScalarType dtype);
 
 }  // namespace isobath::kernels
