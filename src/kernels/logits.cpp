@@ -6,18 +6,28 @@
 #include <isobath/kernels/cpu.hpp>
 #include <isobath/kernels/logits.hpp>
 
-#include "avx512/logits.hpp"
+#include "logits_rows.hpp"
 
 namespace isobath::kernels {
 namespace {
 
 bool is_fast(const at::Tensor& logits) {
-  return has_avx512_bf16() && logits.is_cpu() && logits.scalar_type() == at::kBFloat16;
+  return logits.is_cpu() && implementation_of(logits.scalar_type()) != "aten";
 }
 
-const uint16_t* row_of(const at::Tensor& logits, int64_t row) {
-  return reinterpret_cast<const uint16_t*>(logits.const_data_ptr<at::BFloat16>()) + row * logits.size(1);
-}
+/// [n, vocab] contiguous logits seen as the rows of a kernel.
+template <class Value, class Scalar>
+struct LogitsOf {
+  explicit LogitsOf(const at::Tensor& logits) : whole(logits.contiguous()), vocab(logits.size(1)) {}
+  [[nodiscard]] const Value* row(int64_t i) const {
+    return reinterpret_cast<const Value*>(whole.const_data_ptr<Scalar>()) + i * vocab;
+  }
+  [[nodiscard]] float at(int64_t i, int64_t token) const {
+    return static_cast<float>(whole.const_data_ptr<Scalar>()[i * vocab + token]);
+  }
+  at::Tensor whole;
+  int64_t vocab;
+};
 
 void check(const at::Tensor& logits, const at::Tensor& labels) {
   ISOBATH_CHECK(logits.dim() == 2 && labels.dim() == 1 && labels.size(0) == logits.size(0) &&
@@ -29,6 +39,53 @@ at::Tensor nll_of(const at::Tensor& log_probabilities, const at::Tensor& labels)
   return log_probabilities.gather(1, labels.unsqueeze(1)).squeeze(1).neg();
 }
 
+template <class Value, class Scalar>
+LabelLoss label_loss_of(const at::Tensor& logits, const at::Tensor& labels) {
+  using Rows = LogitsRows<Value>;
+  const LogitsOf<Value, Scalar> from(logits);
+  const int64_t n = logits.size(0), vocab = logits.size(1);
+  LabelLoss result{at::empty({n}, at::kFloat), at::empty({n}, at::kFloat), at::empty_like(from.whole)};
+  auto* log_sums = result.log_sums.mutable_data_ptr<float>();
+  auto* nll = result.nll.mutable_data_ptr<float>();
+  auto* to = reinterpret_cast<Value*>(result.probabilities.mutable_data_ptr<Scalar>());
+  const auto* label = labels.const_data_ptr<int64_t>();
+  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float peak = Rows::largest(from.row(i), vocab).value;
+      const double sum = Rows::softmax(from.row(i), vocab, peak, to + i * vocab);
+      log_sums[i] = static_cast<float>(std::log(sum) + peak);
+      nll[i] = static_cast<float>(std::log(sum) - (from.at(i, label[i]) - peak));
+    }
+  });
+  return result;
+}
+
+template <class Value, class Scalar>
+Comparison compare_logits_of(const at::Tensor& p, const at::Tensor& q, const at::Tensor& labels) {
+  using Rows = LogitsRows<Value>;
+  const LogitsOf<Value, Scalar> a(p), b(q);
+  const int64_t n = p.size(0), vocab = p.size(1);
+  const auto f32 = at::TensorOptions(at::kFloat);
+  Comparison result{at::empty({n}, f32), at::empty({n}, f32), at::empty({n}, f32), at::empty({n}, at::kByte)};
+  auto* nll_p = result.nll_p.mutable_data_ptr<float>();
+  auto* nll_q = result.nll_q.mutable_data_ptr<float>();
+  auto* kl = result.kl.mutable_data_ptr<float>();
+  auto* same = result.same_top1.mutable_data_ptr<uint8_t>();
+  const auto* label = labels.const_data_ptr<int64_t>();
+  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto peak_p = Rows::largest(a.row(i), vocab), peak_q = Rows::largest(b.row(i), vocab);
+      const auto sums = Rows::divergence(a.row(i), b.row(i), vocab, peak_p.value, peak_q.value);
+      const double log_p = std::log(sums.sum_p), log_q = std::log(sums.sum_q);
+      nll_p[i] = static_cast<float>(log_p - (a.at(i, label[i]) - peak_p.value));
+      nll_q[i] = static_cast<float>(log_q - (b.at(i, label[i]) - peak_q.value));
+      kl[i] = static_cast<float>(sums.moment / sums.sum_p - (log_p - log_q));
+      same[i] = peak_p.index == peak_q.index ? 1 : 0;
+    }
+  });
+  return result;
+}
+
 }  // namespace
 
 LabelLoss label_loss(const at::Tensor& logits, const at::Tensor& labels) {
@@ -38,23 +95,9 @@ LabelLoss label_loss(const at::Tensor& logits, const at::Tensor& labels) {
     return {log_sums, log_sums - wide.gather(1, labels.unsqueeze(1)).squeeze(1),
             at::exp(wide - log_sums.unsqueeze(1)).to(logits.scalar_type())};
   }
-  const at::Tensor from = logits.contiguous(), places = labels.contiguous();
-  const int64_t n = from.size(0), vocab = from.size(1);
-  LabelLoss result{at::empty({n}, at::kFloat), at::empty({n}, at::kFloat), at::empty_like(from)};
-  auto* log_sums = result.log_sums.mutable_data_ptr<float>();
-  auto* nll = result.nll.mutable_data_ptr<float>();
-  auto* to = reinterpret_cast<uint16_t*>(result.probabilities.mutable_data_ptr<at::BFloat16>());
-  const auto* label = places.const_data_ptr<int64_t>();
-  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const uint16_t* row = row_of(from, i);
-      const avx512::Peak peak = avx512::largest(row, vocab);
-      const float sum = avx512::softmax_row(row, vocab, peak.value, to + i * vocab);
-      log_sums[i] = std::log(sum) + peak.value;
-      nll[i] = log_sums[i] - static_cast<float>(from.const_data_ptr<at::BFloat16>()[i * vocab + label[i]]);
-    }
-  });
-  return result;
+  const at::Tensor places = labels.contiguous();
+  return logits.scalar_type() == at::kBFloat16 ? label_loss_of<uint16_t, at::BFloat16>(logits, places)
+                                               : label_loss_of<float, float>(logits, places);
 }
 
 Comparison compare_logits(const at::Tensor& p, const at::Tensor& q, const at::Tensor& labels) {
@@ -67,31 +110,9 @@ Comparison compare_logits(const at::Tensor& p, const at::Tensor& q, const at::Te
     return {nll_of(log_p, labels), nll_of(log_q, labels), log_p.exp().mul_(log_p - log_q).sum(1),
             (p.argmax(1) == q.argmax(1)).to(at::kByte)};
   }
-  const at::Tensor a = p.contiguous(), b = q.contiguous(), places = labels.contiguous();
-  const int64_t n = a.size(0), vocab = a.size(1);
-  const auto f32 = at::TensorOptions(at::kFloat);
-  Comparison result{at::empty({n}, f32), at::empty({n}, f32), at::empty({n}, f32), at::empty({n}, at::kByte)};
-  auto* nll_p = result.nll_p.mutable_data_ptr<float>();
-  auto* nll_q = result.nll_q.mutable_data_ptr<float>();
-  auto* kl = result.kl.mutable_data_ptr<float>();
-  auto* same = result.same_top1.mutable_data_ptr<uint8_t>();
-  const auto* label = places.const_data_ptr<int64_t>();
-  const auto at_label = [&](const at::Tensor& logits, int64_t i) {
-    return static_cast<float>(logits.const_data_ptr<at::BFloat16>()[i * vocab + label[i]]);
-  };
-  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const avx512::Peak peak_p = avx512::largest(row_of(a, i), vocab),
-                         peak_q = avx512::largest(row_of(b, i), vocab);
-      const avx512::Divergence sums =
-          avx512::divergence_row(row_of(a, i), row_of(b, i), vocab, peak_p.value, peak_q.value);
-      nll_p[i] = std::log(sums.sum_p) - (at_label(a, i) - peak_p.value);
-      nll_q[i] = std::log(sums.sum_q) - (at_label(b, i) - peak_q.value);
-      kl[i] = sums.moment / sums.sum_p - (std::log(sums.sum_p) - std::log(sums.sum_q));
-      same[i] = peak_p.index == peak_q.index ? 1 : 0;
-    }
-  });
-  return result;
+  const at::Tensor places = labels.contiguous();
+  return p.scalar_type() == at::kBFloat16 ? compare_logits_of<uint16_t, at::BFloat16>(p, q, places)
+                                          : compare_logits_of<float, float>(p, q, places);
 }
 
 }  // namespace isobath::kernels

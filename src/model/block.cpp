@@ -4,6 +4,7 @@
 #include <cmath>
 #include <isobath/core/error.hpp>
 #include <isobath/kernels/elementwise.hpp>
+#include <isobath/kernels/linear.hpp>
 #include <isobath/model/block.hpp>
 #include <numbers>
 
@@ -67,7 +68,7 @@ Rotary Rotary::make(const ModelConfig& config, int64_t length, c10::Device devic
 }
 
 at::Tensor apply_linear(const at::Tensor& x, const Linear& linear) {
-  return at::linear(x, linear.weight, linear.bias.defined() ? std::optional(linear.bias) : std::nullopt);
+  return kernels::linear_forward(x, linear.weight, linear.bias);
 }
 
 kernels::AttentionOutput attend(const ModelConfig& config, const Rotary& rotary, const at::Tensor& q,
@@ -127,9 +128,11 @@ at::Tensor block_backward(const ModelConfig& config, const Rotary& rotary, const
                           const OnLinearGradient& observe) {
   const at::NoGradGuard no_grad;
   // ∂L/∂x of one linear, and of several that share x.
-  const auto through = [&](Projection p, const at::Tensor& g) { return at::matmul(g, weights[p].weight); };
+  const auto through = [&](Projection p, const at::Tensor& g) {
+    return kernels::linear_backward(g, weights[p].weight);
+  };
   const auto add_through = [&](at::Tensor& sum, Projection p, const at::Tensor& g) {
-    sum.flatten(0, 1).addmm_(g.flatten(0, 1), weights[p].weight);
+    kernels::add_linear_backward(sum, g, weights[p].weight);
   };
 
   observe(Projection::down, kernels::gated(a.gate, a.up), gradient);

@@ -6,6 +6,7 @@
 #include <isobath/core/error.hpp>
 #include <isobath/core/random.hpp>
 #include <isobath/kernels/elementwise.hpp>
+#include <isobath/kernels/linear.hpp>
 #include <isobath/kernels/logits.hpp>
 #include <isobath/model/head.hpp>
 
@@ -88,7 +89,7 @@ at::Tensor output_gradient(const at::Tensor& probabilities, const at::Tensor& la
   difference.narrow(0, 0, chunk.n_predicted)
       .scatter_(1, labels.unsqueeze(1), at_label.unsqueeze(1).to(difference.scalar_type()));
   difference.narrow(0, chunk.n_predicted, chunk.n_tokens - chunk.n_predicted).zero_();
-  return at::mm(difference, lm_head);
+  return kernels::linear_backward(difference, lm_head);
 }
 
 }  // namespace
@@ -98,7 +99,8 @@ at::Tensor embed(const at::Tensor& embedding, const at::Tensor& tokens) {
 }
 
 at::Tensor head_logits(const ModelConfig& config, const HeadWeights& head, const at::Tensor& hidden) {
-  return at::linear(kernels::rms_norm(hidden, head.final_norm, config.rms_eps), head.lm_head);
+  return kernels::linear_forward(kernels::rms_norm(hidden, head.final_norm, config.rms_eps), head.lm_head,
+                                 {});
 }
 
 LossResult loss_and_gradient(const ModelConfig& config, const HeadWeights& head, const at::Tensor& hidden,
@@ -120,7 +122,7 @@ LossResult loss_and_gradient(const ModelConfig& config, const HeadWeights& head,
   for (const Chunk& chunk : chunks_of(lengths.cpu(), hidden.size(1), sequences)) {
     const at::Tensor x = hidden[chunk.row].narrow(0, chunk.first, chunk.n_tokens);
     const at::Tensor normed = kernels::rms_norm(x, head.final_norm, config.rms_eps);
-    const at::Tensor logits = at::linear(normed, head.lm_head);
+    const at::Tensor logits = kernels::linear_forward(normed, head.lm_head, {});
     // The last rows may have no label; any will do, their gradient is zero.
     const at::Tensor data_labels =
         at::constant_pad_nd(labels[chunk.row].narrow(0, chunk.first + 1, chunk.n_predicted),

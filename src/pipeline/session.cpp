@@ -7,6 +7,7 @@
 #include <isobath/core/digest.hpp>
 #include <isobath/core/log.hpp>
 #include <isobath/formats/compressed_tensors.hpp>
+#include <isobath/kernels/cpu.hpp>
 #include <isobath/model/balance.hpp>
 #include <isobath/pipeline/schedule.hpp>
 #include <set>
@@ -180,6 +181,8 @@ checkpoint::Fingerprint fingerprint_of(const Session& session, const Calibration
     if (!kIrrelevant.contains(key)) fingerprint[key] = value;
   fingerprint["ranks.threads (resolved)"] = std::to_string(session.threads);
   fingerprint["compute_dtype (resolved)"] = c10::toString(session.dtype);
+  fingerprint["kernels (of this machine)"] =
+      session.device.is_cpu() ? kernels::implementation_of(session.dtype) : "aten";
   fingerprint["quantization.allocation (digest)"] = session.config.quantization.allocated.digest;
   fingerprint["model files"] = session.source->tensors().fingerprint();
   fingerprint["calibration tokens"] = calibration.tokens.digest;

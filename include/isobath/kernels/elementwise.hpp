@@ -2,8 +2,9 @@
 #include <ATen/core/Tensor.h>
 
 /// Steps of a transformer block that touch each value once. Any float dtype and device; bf16 on a CPU with
-/// AVX-512 BF16 takes one pass over memory, elsewhere several ATen operations (differentiable by autograd) do
-/// the same in f32 with the same roundings up to the last place. Local, no error but shapes that do not fit.
+/// AVX-512 BF16 and f32 on one with AVX2 take one pass over memory, elsewhere several ATen operations
+/// (differentiable by autograd) do the same in f32 with the same roundings up to the last place. Local, no
+/// error but shapes that do not fit.
 namespace isobath::kernels {
 
 /// weight · cast(x / √(mean(x²) + eps)): RMSNorm as transformers' Llama rounds it. x [.., d], weight [d].

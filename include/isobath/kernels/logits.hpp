@@ -1,8 +1,9 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
-/// Softmax over a vocabulary without copies of the logits in f32. bf16 on a CPU with AVX-512 BF16 reads each
-/// logit twice; elsewhere the same comes from ATen operations in f32. Sums are f32. Local.
+/// Softmax over a vocabulary without copies of the logits. bf16 on a CPU with AVX-512 BF16 and f32 on one
+/// with AVX2 read each logit twice or three times and sum in f64 over f32 sums of some thousand; elsewhere
+/// the same comes from ATen operations in f32. Local.
 namespace isobath::kernels {
 
 struct LabelLoss {

@@ -3,13 +3,13 @@
 
 #include <cstdint>
 
+#include "../lanes.hpp"
+
 /// Register tiles and vector functions on AVX2 and FMA, f32. Included only by the sources of this folder,
 /// after their `#pragma GCC target`: nothing here may be instantiated for other targets.
 namespace isobath::kernels::avx2 {
 
 inline constexpr int kLanes = 8;
-
-#define ISOBATH_INLINE inline __attribute__((always_inline))
 
 /// The first n lanes, all of them from kLanes on: what masked loads and stores take.
 ISOBATH_INLINE __m256i first_lanes(int64_t n) {
@@ -142,3 +142,42 @@ ISOBATH_INLINE void transpose(__m256 (&rows)[kLanes]) {
 }
 
 }  // namespace isobath::kernels::avx2
+
+namespace isobath::kernels {
+
+/// f32 values, eight at a time.
+template <>
+struct Lanes<float> {
+  using Vector = __m256;
+  using Mask = __m256;
+  using Places = __m256i;
+  static constexpr int kCount = avx2::kLanes;
+
+  ISOBATH_INLINE static Vector set(float value) { return _mm256_set1_ps(value); }
+  ISOBATH_INLINE static Vector load(const float* from, AllLanes) { return _mm256_loadu_ps(from); }
+  ISOBATH_INLINE static Vector load(const float* from, int64_t n) { return avx2::load_some(from, n); }
+  ISOBATH_INLINE static void store(float* to, AllLanes, Vector value) { _mm256_storeu_ps(to, value); }
+  ISOBATH_INLINE static void store(float* to, int64_t n, Vector value) { avx2::store_some(to, n, value); }
+  ISOBATH_INLINE static Vector rounded(Vector value) { return value; }
+  ISOBATH_INLINE static Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+  ISOBATH_INLINE static Vector exp2(Vector x) { return avx2::exp2(x); }
+  ISOBATH_INLINE static float sum(Vector x) { return avx2::sum_of(x); }
+  ISOBATH_INLINE static float largest(Vector x) { return avx2::largest_of(x); }
+
+  ISOBATH_INLINE static Mask first(int64_t n) { return _mm256_castsi256_ps(avx2::first_lanes(n)); }
+  ISOBATH_INLINE static Mask is_greater(Vector a, Vector b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+  ISOBATH_INLINE static Vector select(Mask mask, Vector yes, Vector no) {
+    return _mm256_blendv_ps(no, yes, mask);
+  }
+  ISOBATH_INLINE static Places select(Mask mask, Places yes, Places no) {
+    return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(no), _mm256_castsi256_ps(yes), mask));
+  }
+  ISOBATH_INLINE static Places places(int first) {
+    return _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
+  }
+  ISOBATH_INLINE static void store_places(int32_t* to, Places places) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), places);
+  }
+};
+
+}  // namespace isobath::kernels

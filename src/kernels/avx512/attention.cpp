@@ -71,7 +71,7 @@ ISOBATH_INLINE void turn_back(__m512& a, __m512& b, __m512 cos_a, __m512 sin_a, 
 
 }  // namespace
 
-void gather_rows(HeadShape shape, Rows from, Angles angles, uint16_t* to) {
+void gather_rows(HeadShape shape, Rows<const uint16_t> from, Angles angles, uint16_t* to) {
   const int64_t d = shape.head_dim, half = d / 2, padded = padded_length(shape.n_tokens);
   for (int64_t t = 0; t < shape.n_tokens; ++t) {
     const uint16_t* row = from.data + t * from.stride;
@@ -113,7 +113,7 @@ void pair_tokens(HeadShape shape, const uint16_t* rows, uint32_t* to) {
 }
 
 void attend_queries(HeadShape shape, const uint16_t* queries, const uint32_t* keys, const uint32_t* values,
-                    MutableRows out, float* log_sums, float* scratch, uint16_t* scratch_bf16) {
+                    Rows<uint16_t> out, float* log_sums, float* scratch, uint16_t* scratch_bf16) {
   const int64_t d = shape.head_dim, padded = padded_length(shape.n_tokens);
   const float scale = shape.scale * kLog2E;
   for (int64_t query = 0; query < shape.n_tokens; query += kQueryTile) {
@@ -219,7 +219,7 @@ void attend_backward(HeadShape shape, const BackwardInputs& inputs, float* query
   }
 }
 
-void scatter_rows(HeadShape shape, const float* rows, Angles angles, MutableRows to) {
+void scatter_rows(HeadShape shape, const float* rows, Angles angles, Rows<uint16_t> to) {
   const int64_t d = shape.head_dim, half = d / 2;
   for (int64_t t = 0; t < shape.n_tokens; ++t)
     for (int64_t j = 0; j < half; j += kLanes) {
@@ -234,7 +234,7 @@ void scatter_rows(HeadShape shape, const float* rows, Angles angles, MutableRows
     }
 }
 
-void dot_rows(HeadShape shape, Rows a, Rows b, float* deltas) {
+void dot_rows(HeadShape shape, Rows<const uint16_t> a, Rows<const uint16_t> b, float* deltas) {
   for (int64_t t = 0; t < shape.n_tokens; ++t) {
     __m512 sum = _mm512_setzero_ps();
     for (int64_t j = 0; j < shape.head_dim; j += kLanes)

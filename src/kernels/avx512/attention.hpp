@@ -1,6 +1,8 @@
 #pragma once
 #include <cstdint>
 
+#include "../attention_types.hpp"
+
 /// AVX-512 BF16 parts of `kernels::attention_*`: one head of one sequence at a time. head_dim is a multiple
 /// of 32.
 namespace isobath::kernels::avx512 {
@@ -15,29 +17,8 @@ inline constexpr int64_t kQueryBlock = 32;  ///< queries whose scores a backward
   return (n_tokens + kBoth - 1) / kBoth * kBoth;
 }
 
-/// Rows of one head: row t at data + t · stride, head_dim values each.
-struct Rows {
-  const uint16_t* data;
-  int64_t stride;
-};
-struct MutableRows {
-  uint16_t* data;
-  int64_t stride;
-};
-
-/// Rotary tables [n_tokens, head_dim] f32, both halves filled.
-struct Angles {
-  const float* cos;
-  const float* sin;
-};
-
-struct HeadShape {
-  int64_t n_tokens, head_dim;
-  float scale;  ///< of the scores
-};
-
 /// to [padded, head_dim] := rotated rows (plain copy when angles.cos is null), zero beyond n_tokens.
-void gather_rows(HeadShape shape, Rows from, Angles angles, uint16_t* to);
+void gather_rows(HeadShape shape, Rows<const uint16_t> from, Angles angles, uint16_t* to);
 /// to [head_dim / 2, padded] u32: pairs along the head dimension of gathered rows [padded, head_dim].
 void pair_channels(HeadShape shape, const uint16_t* rows, uint32_t* to);
 /// to [padded / 2, head_dim] u32: pairs of tokens of gathered rows [padded, head_dim].
@@ -47,7 +28,7 @@ void pair_tokens(HeadShape shape, const uint16_t* rows, uint32_t* to);
 /// head_dim] gathered and rotated, keys as `pair_channels`, values as `pair_tokens`. log_sums [n_tokens]:
 /// log₂ Σ exp₂ of the scaled scores. scratch: kQueryTile · padded f32 and as many bf16.
 void attend_queries(HeadShape shape, const uint16_t* queries, const uint32_t* keys, const uint32_t* values,
-                    MutableRows out, float* log_sums, float* scratch, uint16_t* scratch_bf16);
+                    Rows<uint16_t> out, float* log_sums, float* scratch, uint16_t* scratch_bf16);
 
 /// What the backward pass of one query head reads, all gathered ([padded, head_dim]) and paired as named.
 struct BackwardInputs {
@@ -72,9 +53,9 @@ void attend_backward(HeadShape shape, const BackwardInputs& inputs, float* query
 
 /// to row t := bf16 of rows [padded, head_dim] f32 rotated back by the angles (copied when angles.cos is
 /// null).
-void scatter_rows(HeadShape shape, const float* rows, Angles angles, MutableRows to);
+void scatter_rows(HeadShape shape, const float* rows, Angles angles, Rows<uint16_t> to);
 
 /// deltas [padded] := Σ_j a_tj · b_tj over rows of one head, zero beyond n_tokens.
-void dot_rows(HeadShape shape, Rows a, Rows b, float* deltas);
+void dot_rows(HeadShape shape, Rows<const uint16_t> a, Rows<const uint16_t> b, float* deltas);
 
 }  // namespace isobath::kernels::avx512

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../lanes.hpp"
+
 /// Register tiles on the AVX-512 BF16 dot product. Included only by the sources of this folder, after their
 /// `#pragma GCC target`: nothing here may be instantiated for other targets.
 ///
@@ -11,8 +13,6 @@
 namespace isobath::kernels::avx512 {
 
 inline constexpr int kLanes = 16;
-
-#define ISOBATH_INLINE inline __attribute__((always_inline))
 
 /// Sums of a kRows x 16·kVectors tile of C.
 template <int kRows, int kVectors>
@@ -101,3 +101,45 @@ ISOBATH_INLINE __m512 exp2(__m512 x) {
 }
 
 }  // namespace isobath::kernels::avx512
+
+namespace isobath::kernels {
+
+/// bf16 values, sixteen at a time, computed with in f32.
+template <>
+struct Lanes<uint16_t> {
+  using Vector = __m512;
+  using Mask = __mmask16;
+  using Places = __m512i;
+  static constexpr int kCount = avx512::kLanes;
+
+  ISOBATH_INLINE static Vector set(float value) { return _mm512_set1_ps(value); }
+  ISOBATH_INLINE static Vector load(const uint16_t* from, AllLanes) { return avx512::load_bf16(from); }
+  ISOBATH_INLINE static Vector load(const uint16_t* from, int64_t n) {
+    return avx512::load_bf16(from, avx512::first_lanes(n));
+  }
+  ISOBATH_INLINE static void store(uint16_t* to, AllLanes, Vector value) { avx512::store_bf16(to, value); }
+  ISOBATH_INLINE static void store(uint16_t* to, int64_t n, Vector value) {
+    _mm256_mask_storeu_epi16(to, avx512::first_lanes(n), avx512::narrow(value));
+  }
+  ISOBATH_INLINE static Vector rounded(Vector value) { return avx512::widen(avx512::narrow(value)); }
+  ISOBATH_INLINE static Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+  ISOBATH_INLINE static Vector exp2(Vector x) { return avx512::exp2(x); }
+  ISOBATH_INLINE static float sum(Vector x) { return _mm512_reduce_add_ps(x); }
+  ISOBATH_INLINE static float largest(Vector x) { return _mm512_reduce_max_ps(x); }
+
+  ISOBATH_INLINE static Mask first(int64_t n) { return avx512::first_lanes(n); }
+  ISOBATH_INLINE static Mask is_greater(Vector a, Vector b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+  ISOBATH_INLINE static Vector select(Mask mask, Vector yes, Vector no) {
+    return _mm512_mask_mov_ps(no, mask, yes);
+  }
+  ISOBATH_INLINE static Places select(Mask mask, Places yes, Places no) {
+    return _mm512_mask_mov_epi32(no, mask, yes);
+  }
+  ISOBATH_INLINE static Places places(int first) {
+    return _mm512_add_epi32(_mm512_set1_epi32(first),
+                            _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+  }
+  ISOBATH_INLINE static void store_places(int32_t* to, Places places) { _mm512_storeu_si512(to, places); }
+};
+
+}  // namespace isobath::kernels
