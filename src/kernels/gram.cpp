@@ -14,9 +14,6 @@
 namespace isobath::kernels {
 namespace {
 
-/// Tokens summed in registers before they meet C: their packed panels stay in the first-level cache.
-constexpr int64_t kTokensPerPass = 256;
-
 /// Words of x that are packed at once; more tokens follow in chunks of whole passes.
 constexpr int64_t kChunkWords = int64_t{1} << 22;
 constexpr int64_t kChunkTokens = 512;
@@ -29,6 +26,8 @@ struct Bf16Kernel {
   using Scalar = at::BFloat16;
   using Word = uint32_t;
   static constexpr int64_t kPanel = avx512::kGramPanel;
+  /// Summed in registers before they meet C: packed panels of so many (24 KiB) stay in the first-level cache.
+  static constexpr int64_t kTokensPerPass = 256;
   static constexpr int64_t panel_size(int64_t n_tokens) { return (n_tokens + 1) / 2 * kPanel; }
   static bool pack(const Scalar* x, int64_t stride, int64_t n_rows, int64_t n_channels, const float* roots,
                    Word* to) {
@@ -45,6 +44,7 @@ struct F32Kernel {
   using Scalar = float;
   using Word = float;
   static constexpr int64_t kPanel = avx2::kPanel;
+  static constexpr int64_t kTokensPerPass = 128;  // 12 KiB
   static constexpr int64_t panel_size(int64_t n_tokens) { return avx2::gram_panel_size(n_tokens); }
   static constexpr auto pack = avx2::pack_gram_panel;
   static constexpr auto add = avx2::add_gram_tiles;
@@ -65,7 +65,8 @@ class Packed {
         n_panels_((n_channels + Kernel::kPanel - 1) / Kernel::kPanel) {
     const int64_t n = x.size(0);
     chunk_tokens_ = n * n_channels <= kChunkWords ? n : kChunkTokens;
-    const int64_t n_passes = (std::min(n, chunk_tokens_) + kTokensPerPass - 1) / kTokensPerPass;
+    const int64_t n_passes =
+        (std::min(n, chunk_tokens_) + Kernel::kTokensPerPass - 1) / Kernel::kTokensPerPass;
     scratch_ = at::empty({n_passes * n_panels_ * kPanelSize}, at::kFloat);
   }
 
@@ -83,7 +84,7 @@ class Packed {
     at::parallel_for(0, n_passes() * n_panels_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t pass = i / n_panels_, panel = i % n_panels_;
-        const int64_t row = first_ + pass * kTokensPerPass;
+        const int64_t row = first_ + pass * Kernel::kTokensPerPass;
         if (!Kernel::pack(from + row * stride + panel * Kernel::kPanel, stride, tokens(pass), channels(panel),
                           root == nullptr ? nullptr : root + row, to + i * kPanelSize))
           all_usable = false;
@@ -97,16 +98,18 @@ class Packed {
            (pass * n_panels_ + i) * kPanelSize;
   }
   [[nodiscard]] int64_t n_panels() const { return n_panels_; }
-  [[nodiscard]] int64_t n_passes() const { return (n_tokens_ + kTokensPerPass - 1) / kTokensPerPass; }
+  [[nodiscard]] int64_t n_passes() const {
+    return (n_tokens_ + Kernel::kTokensPerPass - 1) / Kernel::kTokensPerPass;
+  }
   [[nodiscard]] int64_t tokens(int64_t pass) const {
-    return std::min(kTokensPerPass, n_tokens_ - pass * kTokensPerPass);
+    return std::min(Kernel::kTokensPerPass, n_tokens_ - pass * Kernel::kTokensPerPass);
   }
   [[nodiscard]] int64_t channels(int64_t i) const {
     return std::min(Kernel::kPanel, n_channels_ - i * Kernel::kPanel);
   }
 
  private:
-  static constexpr int64_t kPanelSize = Kernel::panel_size(kTokensPerPass);
+  static constexpr int64_t kPanelSize = Kernel::panel_size(Kernel::kTokensPerPass);
   static_assert(sizeof(typename Kernel::Word) == sizeof(float));
 
   at::Tensor rows_, roots_, scratch_;

@@ -13,11 +13,11 @@ namespace {
 
 using avx2::kPanel;
 
-/// Steps summed in registers before they meet C: a packed panel of them (24 KiB) stays in the first-level
+/// Steps summed in registers before they meet C: a packed panel of them (12 KiB) stays in the first-level
 /// cache.
-constexpr int64_t kStepsPerPass = 256;
+constexpr int64_t kStepsPerPass = 128;
 
-/// Columns of C whose packed weights (96 KiB) stay in the second-level cache while all rows pass.
+/// Columns of C whose packed weights (48 KiB) stay in the second-level cache while all rows pass.
 constexpr int64_t kBlockColumns = 4 * kPanel;
 
 /// Words of x that are packed at once, where that is more than one pass.

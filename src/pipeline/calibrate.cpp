@@ -12,8 +12,10 @@
 #include <isobath/formats/packing.hpp>
 #include <isobath/io/files.hpp>
 #include <isobath/kernels/attention.hpp>
+#include <isobath/kernels/cpu.hpp>
 #include <isobath/kernels/elementwise.hpp>
 #include <isobath/kernels/gram.hpp>
+#include <isobath/kernels/linear.hpp>
 #include <isobath/plan/cluster.hpp>
 #include <isobath/plan/work.hpp>
 #include <isobath/quant/factor.hpp>
@@ -83,24 +85,33 @@ class Calibration {
     return world_.all_reduce(median_s(action), comm::Reduce::max);
   }
 
+  /// What `compute_dtype: auto` computes a bf16 checkpoint in; known once products were measured.
+  [[nodiscard]] at::ScalarType dtype() const { return cluster_.prefers_bf16() ? at::kBFloat16 : at::kFloat; }
+
   void products() {
     const at::Tensor x = at::randn({kTokens, kWide}), w = at::randn({kWide, kWide});
     const double flops = 2.0 * kTokens * kWide * kWide;
     const at::Tensor x_bf16 = x.to(at::kBFloat16), w_bf16 = w.to(at::kBFloat16);
     cluster_.compute.bf16_tflops = flops / seconds_of([&] { (void)at::linear(x_bf16, w_bf16); }) / 1e12;
-    // A panel of the covariance as ATen multiplies it.
-    at::Tensor panel = at::zeros({kWide, 256});
-    const at::Tensor columns = x.slice(1, 0, 256);
-    cluster_.compute.f32_tflops =
-        2.0 * kTokens * kWide * 256 / seconds_of([&] { panel.addmm_(x.t(), columns); }) / 1e12;
-    if (kernels::has_gram(x_bf16)) {
+    if (kernels::has_avx2()) {
+      cluster_.compute.f32_tflops =
+          flops / seconds_of([&] { (void)kernels::linear_forward(x, w, {}); }) / 1e12;
+    } else {
+      // A panel of the covariance as ATen multiplies it.
+      at::Tensor panel = at::zeros({kWide, 256});
+      const at::Tensor columns = x.slice(1, 0, 256);
+      cluster_.compute.f32_tflops =
+          2.0 * kTokens * kWide * 256 / seconds_of([&] { panel.addmm_(x.t(), columns); }) / 1e12;
+    }
+    const at::Tensor inputs = x.to(dtype());
+    if (kernels::has_gram(inputs)) {
       at::Tensor upper = at::zeros({kWide, kWide});
       const at::Tensor roots = at::rand({kTokens});
       const model::ModelConfig any;
-      const plan::Shapes shapes = plan::Shapes::of(any, /*computes_bf16=*/true, /*has_kernels=*/true);
+      const plan::Shapes shapes = plan::Shapes::of(any, cluster_.prefers_bf16(), /*has_kernels=*/true);
       cluster_.compute.covariance_tflops =
           plan::covariance_add(shapes, kTokens, kWide).covariance_flops /
-          seconds_of([&] { (void)kernels::add_gram(upper, x_bf16, roots); }) / 1e12;
+          seconds_of([&] { (void)kernels::add_gram(upper, inputs, roots); }) / 1e12;
     }
     attention();
     const at::Tensor square = at::randn({kChannels, kChannels}, at::kDouble);
@@ -123,8 +134,8 @@ class Calibration {
 
   // As model::attend calls it, rotation and all where the kernel does it.
   void attention() {
-    const at::Tensor q = at::randn({1, kTokens, kHeads * kHeadDim}).to(at::kBFloat16);
-    const at::Tensor k = at::randn({1, kTokens, kKeyHeads * kHeadDim}).to(at::kBFloat16);
+    const at::Tensor q = at::randn({1, kTokens, kHeads * kHeadDim}).to(dtype());
+    const at::Tensor k = at::randn({1, kTokens, kKeyHeads * kHeadDim}).to(dtype());
     const at::Tensor angles = at::randn({kTokens, kHeadDim});
     const kernels::AttentionSpec spec{kHeads, kKeyHeads, kHeadDim, angles.cos(), angles.sin()};
     const auto heads = [](const at::Tensor& x) {
@@ -146,9 +157,9 @@ class Calibration {
   }
 
   void elementwise() {
-    const at::Tensor x = at::randn({kTokens, kWide}).to(at::kBFloat16),
-                     weight = at::ones({kWide}, at::kBFloat16);
-    const plan::Passes passes = plan::Passes::of(2, cluster_.has_kernels());
+    const at::Tensor x = at::randn({kTokens, kWide}).to(dtype()), weight = at::ones({kWide}, dtype());
+    const plan::Passes passes =
+        plan::Passes::of(static_cast<double>(x.element_size()), cluster_.has_kernels());
     cluster_.compute.memory_gbs = (passes.norm + passes.gate) * kTokens * kWide / seconds_of([&] {
                                     (void)kernels::rms_norm(x, weight, 1e-5);
                                     (void)kernels::gated(x, x);

@@ -54,7 +54,7 @@ const std::vector<Field>& fields() {
           "compute.f32_tflops", "TFLOP/s", "f32 matrix product of one rank", always,
           [](auto& c) -> auto& { return c.compute.f32_tflops; }),
       number(
-          "compute.covariance_tflops", "TFLOP/s", "bf16 covariance kernel of one rank, what it executes",
+          "compute.covariance_tflops", "TFLOP/s", "covariance kernel of one rank, what it executes",
           with_kernels, [](auto& c) -> auto& { return c.compute.covariance_tflops; }),
       number(
           "compute.attention_tflops", "TFLOP/s", "attention of one rank, causal pairs counted", always,
@@ -293,12 +293,13 @@ std::string cluster_keys_markdown() {
       "| key | unit | meaning |\n| --- | --- | --- |\n| `name` | | shown with the plan |\n"
       "| `device` | | `cpu`: ranks compute on the host; `cuda`: one device a rank |\n";
   for (const Field& field : fields())
-    text += fmt::format("| `{}` | {} | {}{} |\n", field.key, field.unit, field.meaning,
-                        field.need == Need::optional       ? " (default 1)"
-                        : field.need == Need::with_devices ? " (only with cuda)"
-                        : field.need == Need::with_kernels
-                            ? " (only with cpu and AVX-512 BF16; without it ATen's operations are counted)"
-                            : "");
+    text +=
+        fmt::format("| `{}` | {} | {}{} |\n", field.key, field.unit, field.meaning,
+                    field.need == Need::optional       ? " (default 1)"
+                    : field.need == Need::with_devices ? " (only with cuda)"
+                    : field.need == Need::with_kernels ? " (only with cpu: bf16 with AVX-512 BF16, f32 with "
+                                                         "AVX2; without it ATen's operations are counted)"
+                                                       : "");
   return text;
 }
 

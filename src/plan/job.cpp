@@ -45,9 +45,7 @@ Layout Layout::of(const config::Calibration& calibration, const model::ModelConf
 
 bool computes_bf16(const config::RunConfig& config, const model::ModelConfig& model, const Cluster& cluster) {
   if (config.compute_dtype != "auto") return config.compute_dtype == "bfloat16";
-  const double bf16 = cluster.compute.bf16_tflops * cluster.efficiency.gemm;
-  const double f32 = cluster.compute.f32_tflops * cluster.efficiency.f32_gemm;
-  return model.dtype == at::ScalarType::BFloat16 && bf16 > f32;
+  return model.dtype == at::ScalarType::BFloat16 && cluster.prefers_bf16();
 }
 
 Job::Job(const config::RunConfig& config, const model::ModelConfig& model, const Cluster& cluster, int stages,
@@ -57,7 +55,8 @@ Job::Job(const config::RunConfig& config, const model::ModelConfig& model, const
       cluster(cluster),
       layout(Layout::of(config.calibration, model, stages, replicas)),
       computes_bf16(plan::computes_bf16(config, model, cluster)),
-      shapes(Shapes::of(model, computes_bf16, computes_bf16 && cluster.has_kernels())) {}
+      shapes(Shapes::of(model, computes_bf16,
+                        cluster.has_kernels() && computes_bf16 == cluster.prefers_bf16())) {}
 
 double Job::token_weight_bytes() const {
   return 4.0 * model::kProjections * static_cast<double>(config.sensitivity.row_groups) * n_tokens();

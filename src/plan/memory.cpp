@@ -188,7 +188,8 @@ RankMemory quantize_memory(const Job& job, int stage) {
   // All states between two blocks and inside one; of the microbatch in work both inputs of the gate, or the
   // copies that the covariances make of their input.
   const double n = static_cast<double>(layout.largest_microbatch) * job.length();
-  const double copies = (s.has_kernels ? e : 8) + (job.is_asymmetric() ? 8 + 2 * e : 0);
+  // The f32 kernel packs its input twice, for large inputs in pieces.
+  const double copies = (s.has_kernels && e < 4 ? e : 8) + (job.is_asymmetric() ? 8 + 2 * e : 0);
   memory.items.push_back({"hidden states", static_cast<double>(job.streams()) * local_tokens * e *
                                                    (s.d + std::max(s.d_query, s.f)) +
                                                n * std::max(2 * e, copies) * s.f});

@@ -256,8 +256,10 @@ Work covariance_close(double d) {
 
 Work cross_covariance_add(const Shapes& s, double n_rows, double d) {
   const double e = s.element_bytes;
-  // Both inputs to f32 e+4, difference 12, times D 8, two masks 12, finite? 8; to bf16 4+e each.
-  const double bytes = 2 * (e + 4) + 40 + (s.has_kernels ? 2 * (4 + e) : 0), flops = 2 * n_rows * d * d;
+  // Both inputs to f32 e+4, difference 12, times D 8, two masks 12, finite? 8; to bf16 4+e each for the
+  // kernel.
+  const double bytes = 2 * (e + 4) + 40 + (s.has_kernels && e < 4 ? 2 * (4 + e) : 0),
+               flops = 2 * n_rows * d * d;
   return {.f32_flops = s.has_kernels ? 0 : flops,
           .covariance_flops = s.has_kernels ? flops : 0,
           .traffic_bytes = n_rows * d * bytes,

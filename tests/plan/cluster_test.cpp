@@ -60,6 +60,14 @@ TEST(Cluster, KernelsAreThoseOfACpuWithACovarianceRate) {
   EXPECT_EQ(cluster_yaml(cluster, "c").find("covariance_tflops:"), std::string::npos);
 }
 
+TEST(Cluster, PrefersTheDtypeWhoseProductsAreFaster) {
+  Cluster cluster = parse_cluster(shipped("cpu-cluster"), "cpu");
+  EXPECT_TRUE(cluster.prefers_bf16());
+  cluster.efficiency.gemm = 0.9 * cluster.compute.f32_tflops / cluster.compute.bf16_tflops;
+  cluster.efficiency.f32_gemm = 1;
+  EXPECT_FALSE(cluster.prefers_bf16());
+}
+
 TEST(Cluster, HostMessagesStandForDeviceMessagesWithoutDevices) {
   const Cluster cluster = parse_cluster(shipped("cpu-cluster"), "cpu");
   EXPECT_EQ(cluster.network.device_within_node_gbs, cluster.network.within_node_gbs);

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import numpy
 
@@ -115,6 +116,9 @@ def directories(space):
     print(f"finished: {third.errors()[0]}", flush=True)
     other = run(config, stages=1, settings=("quantization.bits=4",), resume=True)
     assert other.code == 6 and "quantization.bits: 3 in the run, 4 now" in other.stderr, other.stderr
+    if " avx2 " in Path("/proc/cpuinfo").read_text():
+        elsewhere = run(config, stages=1, resume=True, environment={"ISOBATH_KERNELS": "aten"})
+        assert elsewhere.code == 6 and re.search(r"kernels.*: avx\w+ in the run, aten now", elsewhere.stderr), elsewhere.stderr
     expect(space, "nothing-to-resume", 2, ["resume"], resume=True)
     (space.path / "a-file").write_text("not a directory")
     expect(space, "a-file", 4, ["a-file"])

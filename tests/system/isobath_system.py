@@ -189,10 +189,10 @@ def command(config, stages=1, replicas=1, settings=(), resume=False, ranks=None)
 class Job:
     """A running isobath; use `wait`."""
 
-    def __init__(self, config, **arguments):
+    def __init__(self, config, environment=None, **arguments):
         self.line = command(config, **arguments)
-        self.process = subprocess.Popen(self.line, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                        text=True, start_new_session=True)
+        self.process = subprocess.Popen(self.line, env=ENVIRONMENT | (environment or {}), stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, text=True, start_new_session=True)
         self.began = time.monotonic()
 
     def wait(self, limit_s=TIME_LIMIT_S):

@@ -20,7 +20,7 @@ struct Cluster {
   struct Compute {
     double bf16_tflops = 0;        ///< matrix product, bf16
     double f32_tflops = 0;         ///< matrix product, f32
-    double covariance_tflops = 0;  ///< kernels::add_gram, packing included; 0: no AVX-512 BF16, or cuda
+    double covariance_tflops = 0;  ///< kernels::add_gram, packing included; 0: no kernels, or cuda
     double attention_tflops = 0;   ///< counting causal pairs only
     double memory_gbs = 0;         ///< GB/s read + written by elementwise operations
     double operation_us = 0;       ///< to start one operation
@@ -54,7 +54,12 @@ struct Cluster {
   } efficiency;
 
   [[nodiscard]] bool has_devices() const { return device == "cuda"; }
-  /// Whether the kernels of src/kernels run in bf16; elsewhere ATen's operations stand for them.
+  /// The faster dtype of products: what `compute_dtype: auto` takes for bf16 checkpoints.
+  [[nodiscard]] bool prefers_bf16() const {
+    return compute.bf16_tflops * efficiency.gemm > compute.f32_tflops * efficiency.f32_gemm;
+  }
+  /// Whether the kernels of src/kernels run in the preferred dtype; elsewhere ATen's operations stand for
+  /// them.
   [[nodiscard]] bool has_kernels() const { return !has_devices() && compute.covariance_tflops > 0; }
   [[nodiscard]] int64_t n_ranks() const { return nodes * ranks_per_node; }
 };

@@ -47,7 +47,7 @@ struct Passes {
 struct Shapes {
   const model::ModelConfig* model;
   double element_bytes;  ///< of the compute dtype: 2 (bf16) or 4 (f32)
-  bool has_kernels;      ///< src/kernels runs: bf16 on a CPU that has them
+  bool has_kernels;      ///< src/kernels runs: a CPU that has them for the dtype
   Passes passes;
   double d, f, d_query, d_key, vocabulary, n_blocks;
   double block_linears;  ///< weights of the seven linears of a block

@@ -26,6 +26,13 @@ ISOBATH_INLINE __m256 load_channels(const Value* from, int v, int64_t n_channels
 template <bool kAccumulate>
 ISOBATH_INLINE void multiply_sliver(const float* sliver, const float* columns, int64_t n_steps,
                                     int64_t n_rows, int64_t n_columns, float* c, int64_t c_stride) {
+  // C comes from far away: asked for now, it is there when the sums are done.
+#pragma GCC unroll 4
+  for (int64_t r = 0; r < kSliver; ++r) {
+    if (r >= n_rows) break;
+    _mm_prefetch(reinterpret_cast<const char*>(c + r * c_stride), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(c + r * c_stride + kPanel - 1), _MM_HINT_T0);
+  }
   Tile<kSliver, kTileVectors> tile;
   tile.clear();
   tile.multiply_add(sliver, 1, kSliver, columns, kPanel, n_steps);
