@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Gathers real English text for the quick start from the documentation of the installed NumPy and PyTorch wheels.
+"""Gathers real English text from the documentation of installed wheels: NumPy's and PyTorch's for the quick start.
 
-Both wheels are pinned, so the text is the same everywhere and nothing is downloaded for it. Paragraphs of prose are
+The wheels are pinned, so the text is the same everywhere and nothing is downloaded for it. Paragraphs of prose are
 taken from the documentation strings; code, tables and repeated paragraphs are left out. Whole source files go either
 to calibration.txt or to test.txt, and no paragraph is in both.
 """
@@ -47,10 +47,10 @@ def strings(path):
             yield node.value
 
 
-def gather(site_packages):
+def gather(site_packages, packages):
     texts = {"calibration": [], "test": []}
     seen = set()
-    for package in PACKAGES:
+    for package in packages:
         files = sorted((site_packages / package).rglob("*.py"), key=lambda p: p.as_posix())
         if not files:
             raise SystemExit(f"real_text.py: no {package} in {site_packages}; run launch/setup.sh")
@@ -74,9 +74,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("data/quickstart"), help="folder for the two files")
     parser.add_argument("--site-packages", type=Path, default=Path(sysconfig.get_path("purelib")))
+    parser.add_argument("--packages", nargs="+", default=PACKAGES, help="installed packages to read, in this order")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for name, lines in gather(arguments.site_packages).items():
+    for name, lines in gather(arguments.site_packages, arguments.packages).items():
         path = arguments.output / f"{name}.txt"
         text = "\n\n".join(lines) + "\n"
         temporary = path.with_suffix(".tmp")

@@ -1,0 +1,95 @@
+"""A matrix of runs, read from YAML: models x grids x seeds of the calibration sample x configurations.
+
+settings        size of the runs by name (--setting): sequences, length, window, windows, seeds
+models          name -> model (directory), calibration and evaluation (token files that rows are sampled from)
+base            isobath's keys that all configurations share
+grids           name -> isobath's keys of the grid
+configurations  name -> {set: keys that differ from base} for isobath, or {peer: script, options: [...]}; with
+                budget and method: widths come from `isobath allocate`; models and grids: names it is limited to
+"""
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+# Keys that what `isobath measure` leaves depends on; every other key may differ between runs that share it.
+MEASURED = ("sensitivity.loss", "sensitivity.samples", "sensitivity.row_groups", "sensitivity.per_sequence",
+            "sensitivity.probes", "sensitivity.covariance", "sensitivity.gram.bits")
+# Keys that the scores of widths depend on besides.
+SCORED = ("quantization.group", "quantization.symmetric", "quantization.clip_search")
+REFERENCE = "default"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One checkpoint to make and judge."""
+    model: str
+    grid: str
+    seed: int
+    configuration: str
+    keys: dict = field(hash=False)  # isobath's keys, complete
+    peer: str = ""  # script in bench/peers; empty: isobath
+    options: tuple = ()  # of that script
+    budget: float = 0.0  # stored bits a weight for `isobath allocate`; 0: no allocation
+    method: str = ""
+
+    @property
+    def name(self):
+        return f"{self.model}/{self.grid}/seed-{self.seed}/{self.configuration}"
+
+    @property
+    def group(self):
+        """Runs judged in one pass: one model and seed."""
+        return f"{self.model}/{self.grid}/seed-{self.seed}"
+
+    @property
+    def needs_measure(self):
+        return not self.peer and (self.budget > 0 or (self.keys.get("quantization.weighting") != "none"
+                                                      and self.keys.get("quantization.solver") != "round_to_nearest"))
+
+    def measured_keys(self):
+        scored = SCORED if self.keys.get("sensitivity.gram.bits") else ()
+        return {key: self.keys[key] for key in MEASURED + scored if key in self.keys}
+
+    def measure_name(self):
+        digest = hashlib.sha256(json.dumps(self.measured_keys(), sort_keys=True).encode()).hexdigest()
+        return f"{self.model}/measure-{self.seed}-{digest[:12]}"
+
+    def fingerprint(self, setting):
+        """Of everything that the result depends on but files and program: a result with another one is made again."""
+        what = [self.keys, self.peer, list(self.options), self.budget, self.method, setting]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    models: dict
+    setting: dict
+    runs: list
+
+
+def read(path, setting_name):
+    data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    known = {"settings", "models", "base", "grids", "configurations"}
+    if set(data) - known:
+        raise SystemExit(f"{path}: unknown {', '.join(sorted(set(data) - known))}; known: {', '.join(sorted(known))}")
+    if setting_name not in data["settings"]:
+        raise SystemExit(f"{path}: no setting {setting_name!r}; there are: {', '.join(data['settings'])}")
+    setting = data["settings"][setting_name]
+    runs = []
+    for model in data["models"]:
+        for grid, grid_keys in data["grids"].items():
+            for seed in range(setting["seeds"]):
+                for name, entry in data["configurations"].items():
+                    entry = entry or {}
+                    unknown = set(entry) - {"set", "peer", "options", "budget", "method", "models", "grids"}
+                    if unknown:
+                        raise SystemExit(f"{path}: configuration {name}: unknown {', '.join(sorted(unknown))}")
+                    if model in entry.get("models", [model]) and grid in entry.get("grids", [grid]):
+                        keys = {**data.get("base", {}), **grid_keys, **entry.get("set", {})}
+                        runs.append(Run(model, grid, seed, name, keys, entry.get("peer", ""),
+                                        tuple(map(str, entry.get("options", []))), entry.get("budget", 0.0),
+                                        entry.get("method", "quadratic")))
+    return Matrix(data["models"], setting, runs)

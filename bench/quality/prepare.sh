@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Makes what the matrices of bench/quality name, unless it exists: the two models, and for each a token file that calibration
+# samples are drawn from and one for evaluation. Everything comes from installed Python packages (launch/setup.sh test).
+# The small model is trained, EPOCHS passes over 2.6 MB of text (default 1).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+python=.venv/bin/python
+data=data/quality
+mkdir -p "$data"
+
+if [[ ! -f $data/calibration.txt || ! -f $data/test.txt ]]; then
+  "$python" tools/python/real_text.py --output "$data" --packages numpy torch transformers sympy networkx
+fi
+"$python" tools/python/prepare_smollm2.py --output models/smollm2-135m
+if [[ ! -f models/small/tokenizer_config.json ]]; then
+  "$python" tools/python/train_small.py --output models/small --epochs "${EPOCHS:-1}" "$data/calibration.txt"
+fi
+tokens() { # name, model
+  local part
+  for part in calibration test; do
+    if [[ ! -f $data/$1-$part.safetensors || $2/tokenizer.json -nt $data/$1-$part.safetensors ]]; then
+      "$python" tools/python/prepare_tokens.py --tokenizer "$2/tokenizer.json" --length 1024 \
+        --output "$data/$1-$part.safetensors" "$data/$part.txt"
+    fi
+  done
+}
+tokens small models/small
+tokens smollm2 models/smollm2-135m

@@ -1,0 +1,252 @@
+#!/usr/bin/env python3
+"""Runs a matrix of configurations over seeds of the calibration sample and writes one table of what each is worth.
+
+  bench/quality/prepare.sh
+  bench/quality/run.py bench/quality/defaults.yaml --setting quick --output runs/quality [--only REGEX] [--max-minutes 30]
+
+Every (model, grid, seed) is a group: its checkpoints are made one after the other, isobath's sharing what was measured, peers by
+their own scripts; one pass of `isobath evaluate` judges those that have no result yet, and the checkpoints are deleted. A result
+is kept in results.json of the output and not made again unless its keys change, so a matrix may be run piecewise and stopped at
+any moment. table.md and table.json are written anew after each group.
+
+Calibration: seed s takes a random sample of rows of the model's token file (NumPy's generator with that seed), the same for all
+configurations and peers. Evaluation: one sample, the same for all.
+"""
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+
+import matrix as matrices
+import table
+
+ROOT = Path(__file__).resolve().parents[2]
+EVALUATION_SEED = 1 << 20  # apart from those of the calibration samples
+CHECKPOINTS_A_PASS = 8  # judged at once: they and the original are in memory together
+
+
+class Failed(Exception):
+    pass
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("matrix", type=Path)
+    parser.add_argument("--setting", default="full", help="size of the runs, one of the matrix's settings")
+    parser.add_argument("--output", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--only", default="", metavar="REGEX", help="runs whose model/grid/seed-N/configuration matches")
+    parser.add_argument("--max-minutes", type=float, default=float("inf"), help="starts no group or run after that time")
+    parser.add_argument("--isobath", type=Path, default=ROOT / "build/cpu/bin/isobath")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of a rank; peers get ranks x threads")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32", help="in which peers compute")
+    parser.add_argument("--keep", action="store_true", help="keeps the checkpoints")
+    return parser.parse_args()
+
+
+def sample_rows(source, output, n_rows, length, seed):
+    """Writes a token file with n_rows random full rows of `source`, cut to `length`; nothing when it exists."""
+    if output.exists():
+        return
+    file = load_file(source)
+    with safe_open(source, framework="np") as opened:
+        attributes = opened.metadata()
+    full = np.flatnonzero(file["lengths"] >= length) if "lengths" in file else np.arange(len(file["tokens"]))
+    if len(full) < n_rows or file["tokens"].shape[1] < length:
+        raise SystemExit(f"{source}: {n_rows} rows of {length} tokens are needed, it has {len(full)} of "
+                         f"{file['tokens'].shape[1]}")
+    chosen = np.sort(np.random.default_rng(seed).choice(full, n_rows, replace=False))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_suffix(".tmp")
+    save_file({"tokens": np.ascontiguousarray(file["tokens"][chosen, :length]),
+               "lengths": np.full(n_rows, length, np.int32)}, temporary, metadata=attributes)
+    temporary.rename(output)
+
+
+class Bench:
+    def __init__(self, options, matrix):
+        self.options, self.matrix, self.folder = options, matrix, options.output / options.setting
+        self.deadline = time.monotonic() + 60 * options.max_minutes
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.store = self.folder / "results.json"
+        self.state = json.loads(self.store.read_text()) if self.store.exists() else {"results": {}, "originals": {}}
+
+    def save(self):
+        temporary = self.store.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.state, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.rename(self.store)
+
+    def is_done(self, run):
+        found = self.state["results"].get(run.name)
+        return found is not None and found["fingerprint"] == run.fingerprint(self.matrix.setting)
+
+    def call(self, command, log):
+        """Seconds of a command; what it prints goes to a log file."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
+        with log.open("w", encoding="utf-8") as file:
+            found = subprocess.run([str(part) for part in command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False)
+        if found.returncode != 0:
+            raise Failed(f"exit code {found.returncode}; the end of {log}:\n" + "\n".join(
+                log.read_text(encoding="utf-8").rstrip().split("\n")[-6:]))
+        return time.perf_counter() - start
+
+    def isobath(self, subcommand, run, keys, log, *more, ranks=None):
+        """Runs isobath with a configuration file of `keys` beside the log."""
+        setting, model = self.matrix.setting, self.matrix.models[run.model]
+        complete = {
+            "model": model["model"], "ranks.threads": self.options.threads,
+            "calibration.tokens": str(self.calibration(run)), "calibration.sequences": setting["sequences"],
+            "calibration.length": setting["length"], "evaluation.window": setting["window"],
+            "evaluation.windows": setting["windows"], "sensitivity.per_sequence": "off", **keys}
+        config = log.with_suffix(".yaml")
+        config.parent.mkdir(parents=True, exist_ok=True)
+        config.write_text(json.dumps(nested(complete), indent=1) + "\n", encoding="utf-8")
+        n_ranks = self.options.ranks if ranks is None else ranks
+        launcher = ["mpirun", "-n", n_ranks] if n_ranks > 1 else []
+        return self.call([*launcher, self.options.isobath, subcommand, config, *more], log)
+
+    def calibration(self, run):
+        path = self.folder / run.model / f"calibration-{run.seed}.safetensors"
+        sample_rows(Path(self.matrix.models[run.model]["calibration"]), path, self.matrix.setting["sequences"],
+                    self.matrix.setting["length"], run.seed)
+        return path
+
+    def measure(self, run):
+        """The run directory with the statistics that `run` needs, and the seconds it cost once."""
+        directory = self.folder / run.measure_name()
+        log = self.folder / "logs" / f"{run.measure_name()}.log"
+        done = directory / "seconds.json"
+        if not done.exists():
+            shutil.rmtree(directory, ignore_errors=True)
+            seconds = self.isobath("measure", run, {**run.measured_keys(), "output": str(directory)}, log)
+            done.write_text(json.dumps(seconds), encoding="utf-8")
+        return directory, json.loads(done.read_text())
+
+    def make(self, run, directory):
+        """Makes the checkpoint of a run; returns what is known of it without evaluating."""
+        log = self.folder / "logs" / f"{run.name}.log"
+        if run.peer:
+            return self.make_peer(run, directory, log)
+        keys, seconds = {**run.keys, "output": str(directory)}, 0.0
+        if run.needs_measure:
+            measured, seconds = self.measure(run)
+            keys["sensitivity.reuse"] = str(measured / "measure")
+            if run.budget > 0:
+                widths = self.folder / "logs" / f"{run.name}-bits.yaml"
+                widths.parent.mkdir(parents=True, exist_ok=True)
+                seconds += self.isobath("allocate", run, {**run.keys, "output": str(measured)}, log.with_suffix(".allocate"),
+                                        "--budget", run.budget, "--method", run.method, "--output", widths, ranks=1)
+                keys["quantization.allocation"] = str(widths)
+        seconds += self.isobath("run", run, keys, log)
+        events = map(json.loads, (directory / "events.jsonl").read_text(encoding="utf-8").splitlines())
+        return {"seconds": seconds,
+                "bits_per_weight": next(one["bits_per_weight"] for one in events if one["event"] == "quantized")}
+
+    def make_peer(self, run, directory, log):
+        environment = {"peer_llmcompressor.py": "llmcompressor", "peer_gptqmodel.py": "gptqmodel",
+                       "peer_autoround.py": "autoround"}[run.peer]
+        python = ROOT / ".cache/peers" / environment / "bin/python"
+        if not python.exists():
+            raise Failed(f"no {python}; run bench/peers/setup.sh {environment}")
+        bits, group = run.keys["quantization.bits"], run.keys["quantization.group"]
+        symmetric = run.keys.get("quantization.symmetric", True)
+        self.call([python, ROOT / "bench/peers" / run.peer, self.matrix.models[run.model]["model"], self.calibration(run),
+                   directory / "model", "--bits", bits, "--group", group, *([] if symmetric else ["--asymmetric"]),
+                   "--dtype", self.options.dtype, "--threads", self.options.ranks * self.options.threads, *run.options], log)
+        lines = [line for line in log.read_text(encoding="utf-8").split("\n") if line.startswith("{")]
+        report = json.loads(lines[-1])
+        return {"seconds": report["total_s"], "peer": report, "bits_per_weight": bits + (16 if symmetric else 16 + bits) / group}
+
+    def judge(self, made):
+        """Evaluates checkpoints of one model in one pass and stores the results."""
+        run = made[0][0]
+        tokens = self.folder / run.model / "evaluation.safetensors"
+        sample_rows(Path(self.matrix.models[run.model]["evaluation"]), tokens, self.matrix.setting["windows"],
+                    self.matrix.setting["window"], EVALUATION_SEED)
+        output, log = self.folder / "evaluation.json", self.folder / "logs" / f"{run.group}-evaluate.log"
+        checkpoints = [part for _, directory, _ in made for part in ("--checkpoint", directory / "model")]
+        self.isobath("evaluate", run, {"output": str(self.folder / "unused"), "evaluation.tokens": str(tokens)}, log, *checkpoints,
+                     "--json", output)
+        for (one, directory, known), metrics in zip(made, json.loads(output.read_text())):
+            self.state["originals"][one.model] = metrics["perplexity_original"]
+            self.state["results"][one.name] = {
+                **known, **{key: metrics[key] for key in ("perplexity", "kl_mean", "kl_median", "kl_p99", "top1_agreement")},
+                "fingerprint": one.fingerprint(self.matrix.setting)}
+            print(f"{one.name}: perplexity {metrics['perplexity']:.3f}, KL {metrics['kl_mean']:.4f}, {known['seconds']:.0f} s", flush=True)
+            if not self.options.keep:
+                shutil.rmtree(directory, ignore_errors=True)
+        self.save()
+        self.write_table()
+
+    def write_table(self):
+        valid = {run.name: self.state["results"][run.name] for run in self.matrix.runs if self.is_done(run)}
+        found = table.rows(valid, self.matrix.runs)
+        stem = self.folder / self.options.matrix.stem
+        stem.with_suffix(".json").write_text(json.dumps({"setting": self.matrix.setting, "rows": found}, indent=1) + "\n",
+                                             encoding="utf-8")
+        stem.with_suffix(".md").write_text(table.markdown(found, self.state["originals"]), encoding="utf-8")
+
+    def run_group(self, runs):
+        """Returns the number of runs that failed."""
+        made, n_failed = [], 0
+        for run in runs:
+            if time.monotonic() > self.deadline:
+                break
+            directory = self.folder / "made" / run.name
+            shutil.rmtree(directory, ignore_errors=True)
+            try:
+                made.append((run, directory, self.make(run, directory)))
+            except Failed as problem:
+                print(f"{run.name} failed: {problem}", file=sys.stderr, flush=True)
+                n_failed += 1
+            if len(made) == CHECKPOINTS_A_PASS:
+                self.judge(made)
+                made = []
+        if made:
+            self.judge(made)
+        return n_failed
+
+
+def nested(flat):
+    """{'a.b': 1} as {'a': {'b': 1}}."""
+    result = {}
+    for key, value in flat.items():
+        *parents, leaf = key.split(".")
+        place = result
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[leaf] = value
+    return result
+
+
+def main():
+    options = parse_arguments()
+    matrix = matrices.read(options.matrix, options.setting)
+    bench = Bench(options, matrix)
+    wanted = [run for run in matrix.runs if re.search(options.only, run.name)]
+    if not wanted:
+        raise SystemExit(f"{options.matrix}: no run matches {options.only!r}")
+    todo = [run for run in wanted if not bench.is_done(run)]
+    print(f"{len(wanted)} runs, {len(wanted) - len(todo)} done before", flush=True)
+    n_failed = 0
+    for group in dict.fromkeys(run.group for run in todo):
+        n_failed += bench.run_group([run for run in todo if run.group == group])
+    bench.write_table()
+    print((bench.folder / options.matrix.stem).with_suffix(".md"))
+    left = sum(not bench.is_done(run) for run in wanted)
+    if left:
+        print(f"{left} runs are left" + (f", {n_failed} of them failed" if n_failed else ""), flush=True)
+    return 1 if n_failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
