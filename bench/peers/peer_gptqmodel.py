@@ -26,12 +26,13 @@ def dequantize(options, packed):
     from gptqmodel import BACKEND, GPTQModel
     from transformers import AutoModelForCausalLM
     plain = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    quantized = GPTQModel.load(packed, backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float32)
+    quantized = GPTQModel.load(packed, backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16)
     n_linears = 0
     with torch.no_grad():
         for name, module in quantized.model.named_modules():
             if hasattr(module, "dequantize_weight"):
-                plain.get_submodule(name).weight.copy_(module.dequantize_weight().T)
+                # Scales are stored in f16, which the kernel asks for; the product with the codes is taken in f32.
+                plain.get_submodule(name).weight.copy_(module.float().dequantize_weight().T)
                 n_linears += 1
     expected = sum(isinstance(module, torch.nn.Linear) for module in plain.model.modules())
     if n_linears != expected:

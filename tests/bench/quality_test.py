@@ -1,0 +1,75 @@
+#!/usr/bin/env python3
+"""bench/quality: what runs share, and when a configuration counts as better than the default."""
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+QUALITY = Path(__file__).resolve().parents[2] / "bench" / "quality"
+sys.path.insert(0, str(QUALITY))
+
+import matrix  # noqa: E402
+import table  # noqa: E402
+
+METRICS = {key: 1.0 for key, _, _ in table.COLUMNS}
+
+
+def of_kl(*values):
+    return {seed: {**METRICS, "kl_mean": value} for seed, value in enumerate(values)}
+
+
+class AgainstReference(unittest.TestCase):
+    def test_pairs_seeds_before_it_averages(self):
+        # Seeds differ tenfold, but the configuration halves each.
+        ratio, deviation, verdict = table.against_reference(of_kl(0.05, 0.5), of_kl(0.1, 1.0))
+        self.assertAlmostEqual(ratio, 0.5)
+        self.assertAlmostEqual(deviation, 0.0)
+        self.assertEqual(verdict, "better")
+
+    def test_seeds_that_disagree_decide_nothing(self):
+        self.assertEqual(table.against_reference(of_kl(0.5, 0.5, 1.01), of_kl(1, 1, 1))[2], "within spread")
+
+    def test_worse(self):
+        self.assertEqual(table.against_reference(of_kl(1.2, 1.3), of_kl(1, 1))[2], "worse")
+
+    def test_one_seed_says_nothing(self):
+        self.assertEqual(table.against_reference(of_kl(0.5), of_kl(1))[1:], (None, ""))
+
+    def test_no_common_seed(self):
+        self.assertIsNone(table.against_reference(of_kl(0.5), {}))
+
+
+class Matrix(unittest.TestCase):
+    def read(self, name):
+        return matrix.read(QUALITY / name, "full").runs
+
+    def test_names_are_unique(self):
+        for name in ("defaults.yaml", "peers.yaml", "mixed.yaml"):
+            names = [run.name for run in self.read(name)]
+            self.assertEqual(len(names), len(set(names)), name)
+
+    def test_measurement_is_shared_exactly_when_its_keys_agree(self):
+        runs = {run.name: run for run in self.read("defaults.yaml")}
+        default = runs["small/3-bit/seed-0/default"].measure_name()
+        for same in ("small/3-bit/seed-0/exponent 0.5", "small/2-bit/seed-0/2 sweeps", "small/4-bit/seed-0/qep 1"):
+            self.assertEqual(runs[same].measure_name(), default, same)
+        for other in ("small/3-bit/seed-1/default", "smollm2/3-bit/seed-0/default", "small/3-bit/seed-0/fisher",
+                      "small/3-bit/seed-0/2 row groups"):
+            self.assertNotEqual(runs[other].measure_name(), default, other)
+        self.assertFalse(runs["small/3-bit/seed-0/D = 1"].needs_measure)
+
+    def test_result_is_made_again_when_a_key_or_the_setting_changes(self):
+        run, other = self.read("defaults.yaml")[:2]
+        self.assertNotEqual(run.fingerprint({"sequences": 1}), other.fingerprint({"sequences": 1}))
+        self.assertNotEqual(run.fingerprint({"sequences": 1}), run.fingerprint({"sequences": 2}))
+
+    def test_unknown_key_is_refused(self):
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            file.write("settings: {full: {seeds: 1}}\nmodels: {a: {}}\ngrids: {g: {}}\nconfigurations: {x: {sett: {}}}\n")
+            file.flush()
+            with self.assertRaisesRegex(SystemExit, "sett"):
+                matrix.read(file.name, "full")
+
+
+if __name__ == "__main__":
+    unittest.main()
