@@ -3,13 +3,16 @@
 
   bench/peers/compare.py MODEL TOKENS --output runs/compare [--bits 4 3] [--repeats 3] [--systems …] [--dtype float32]
 
-Every run is cold and end to end, from the start of the process to the checkpoint on disk; nothing is evaluated, nothing measured
-before is reused. All systems run once in turn before any runs again, so that a machine that slows down slows all of them. Seconds
-of isobath are those of the whole command, mpirun included; those of a peer end when its own checkpoint is written (peer.py).
-Memory is the peak resident memory of all processes of the command added up, in which isobath's ranks each count.
+Every run is cold and end to end, from the start of the process to the checkpoint on disk; nothing is evaluated,
+nothing measured before is reused. All systems run once in turn before any runs again, so that a machine that slows
+down slows all of them. Seconds of isobath are those of the whole command, mpirun included; those of a peer end when
+its own checkpoint is written (peer.py). Memory is the peak resident memory of all processes of the command added
+up, in which isobath's ranks each count.
 
-Each run is stored at once in compare.json of the output and not made again: the comparison may be run piecewise, and only what is
-new is added by other --systems, --bits or --repeats. compare.md holds the table. Leave the machine alone meanwhile.
+Each run is stored at once in compare.json of the output and not made again: the comparison may be run piecewise,
+and only what is new is added by other --systems, --bits or --repeats. A system that fails is told and left out.
+compare.md holds the table. Leave the machine alone meanwhile. As root, first `source launch/setup.sh &&
+isobath_environment` for Open MPI's settings.
 """
 import argparse
 import json
@@ -25,6 +28,10 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_S = 0.2
+
+
+class Failed(Exception):
+    pass
 
 
 def isobath(ranks, threads, weighting):
@@ -112,7 +119,7 @@ def command_of(system, options, bits, checkpoint):
     if "script" in system:
         python = ROOT / ".cache/peers" / system["environment"] / "bin/python"
         if not python.exists():
-            raise SystemExit(f"no {python}; run bench/peers/setup.sh {system['environment']}")
+            raise Failed(f"no {python}; run bench/peers/setup.sh {system['environment']}")
         return [python, ROOT / "bench/peers" / system["script"], options.model, options.tokens, checkpoint, "--bits", bits,
                 "--group", options.group, "--sequences", options.sequences, "--length", options.length, "--threads", 2,
                 "--dtype", options.dtype, *system["options"]]
@@ -135,7 +142,7 @@ def run_once(name, options, bits, repeat):
     command = [str(part) for part in command_of(SYSTEMS[name], options, bits, checkpoint)]
     with log.open("w", encoding="utf-8") as file:
         start = time.perf_counter()
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         memory = Memory(process.pid)
         memory.start()
         code = process.wait()
@@ -143,12 +150,14 @@ def run_once(name, options, bits, repeat):
         peak_gb, largest_gb = memory.stop()
     text = log.read_text(encoding="utf-8")
     if code != 0:
-        raise SystemExit(f"{name}, {bits} bits: exit code {code}; the end of {log}:\n" + "\n".join(text.rstrip().split("\n")[-8:]))
+        end = "\n".join(text.rstrip().split("\n")[-8:])
+        raise Failed(f"{name}, {bits} bits: exit code {code}; the end of {log}:\n{end}")
     found = {"seconds": seconds, "peak_gb": peak_gb, "largest_gb": largest_gb, "load_before": os.getloadavg()[0]}
     if "script" in SYSTEMS[name]:
         report = json.loads([line for line in text.split("\n") if line.startswith('{"peer"')][-1])
         # Its memory is taken when its work is done; what the process does afterwards is our decoding.
-        found |= {"seconds": report["total_s"], "peak_gb": report["peak_gb"], "largest_gb": report["peak_gb"], "report": report}
+        found |= {"seconds": report["total_s"], "peak_gb": report["peak_gb"], "largest_gb": report["peak_gb"],
+                  "report": report}
     shutil.rmtree(checkpoint, ignore_errors=True)
     return found
 
@@ -157,7 +166,8 @@ def markdown(state, options):
     runs, lines = state["runs"], []
 
     def values(name, bits, key):
-        return [runs[f"{name}|{bits}|{repeat}"][key] for repeat in range(options.repeats) if f"{name}|{bits}|{repeat}" in runs]
+        keys = [f"{name}|{bits}|{repeat}" for repeat in range(options.repeats)]
+        return [runs[one][key] for one in keys if one in runs]
 
     for bits in options.bits:
         lines += ["| bits | system | runs | seconds, median (least to most) | " +
@@ -171,16 +181,17 @@ def markdown(state, options):
             for baseline in BASELINES.values():
                 reference = values(baseline, bits, "seconds")
                 ratios.append(f"{median(seconds) / median(reference):.2f}" if reference else "")
-            lines.append(f"| {bits} | {name} | {len(seconds)} | {median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f}) | " +
-                         " | ".join(ratios) + f" | {median(values(name, bits, 'peak_gb')):.2f} |")
+            lines.append(f"| {bits} | {name} | {len(seconds)} | {median(seconds):.1f} "
+                         f"({min(seconds):.1f} to {max(seconds):.1f}) | " + " | ".join(ratios) +
+                         f" | {median(values(name, bits, 'peak_gb')):.2f} |")
         lines.append("")
     versions = {}
     for one in runs.values():
         versions |= {one["report"]["peer"]: one["report"]["versions"]} if "report" in one else {}
-    lines += [f"{options.sequences} × {options.length} tokens, group {options.group}, symmetric, 2 threads in all; peers compute in "
-              f"{options.dtype}. {state['machine']}. {state['isobath']}."]
-    lines += [f"{name}: {', '.join(f'{package} {number}' for package, number in found.items())}." for name, found in
-              sorted(versions.items())]
+    lines += [f"{options.sequences} × {options.length} tokens, group {options.group}, symmetric, 2 threads in all; "
+              f"peers compute in {options.dtype}. {state['machine']}. {state['isobath']}."]
+    for name, found in sorted(versions.items()):
+        lines.append(f"{name}: {', '.join(f'{package} {number}' for package, number in found.items())}.")
     return "\n".join(lines) + "\n"
 
 
@@ -204,12 +215,18 @@ def main():
     state["machine"] = describe_machine()
     version = subprocess.run([options.isobath, "version"], capture_output=True, text=True, check=True).stdout
     state["isobath"] = version.split("\n", 1)[0].strip()
+    failed = set()
     for repeat in range(options.repeats):
         for bits in options.bits:
             for name in options.systems:
                 key = f"{name}|{bits}|{repeat}"
-                if key not in state["runs"]:
-                    state["runs"][key] = run_once(name, options, bits, repeat)
+                if key not in state["runs"] and (name, bits) not in failed:
+                    try:
+                        state["runs"][key] = run_once(name, options, bits, repeat)
+                    except Failed as problem:
+                        print(problem, file=sys.stderr, flush=True)
+                        failed.add((name, bits))
+                        continue
                     print(f"{name}, {bits} bits, run {repeat + 1}: {state['runs'][key]['seconds']:.1f} s, "
                           f"{state['runs'][key]['peak_gb']:.2f} GB", flush=True)
                     temporary = store.with_suffix(".tmp")
@@ -218,6 +235,7 @@ def main():
     table = markdown(state, options)
     (options.output / "compare.md").write_text(table, encoding="utf-8")
     print(table)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def cpu_seconds():
 
 class Clock:
     """Times of a peer: the quantization alone (`with clock`) and since the process began (`saved`), on the wall and in CPU
-    seconds of all threads, which tell on a busy machine what the wall does not."""
+    seconds of all threads, which tell on a busy machine what the wall does not.
+    """
 
     def __init__(self):
         self.quantize_s = self.quantize_cpu_s = self.total_s = self.cpu_s = 0.0

@@ -3,9 +3,9 @@
 
   .cache/peers/gptqmodel/bin/python bench/peers/peer_gptqmodel.py MODEL TOKENS OUTPUT --bits 3 --group 64 [--gptaq]
 
-bench/peers/setup.sh gptqmodel makes that Python. GPTQModel's own checkpoint goes to OUTPUT-gptq; when it is on disk the times
-are taken, then GPTQModel reads it back, dequantizes it, and OUTPUT holds these weights in bf16. Prints one JSON line: versions,
-seconds, peak resident memory.
+bench/peers/setup.sh gptqmodel makes that Python. GPTQModel's own checkpoint goes to OUTPUT-gptq; when it is on disk
+the times are taken, then GPTQModel reads it back, dequantizes it, and OUTPUT holds these weights in bf16. Prints
+one JSON line: versions, seconds, peak resident memory.
 """
 import os
 import shutil
@@ -62,7 +62,8 @@ def main():
     model.save(packed)
     clock.saved()
     # Before the decoding, which is ours: its memory is not GPTQModel's.
-    peer.report(options, "GPTQModel GPTAQ" if options.gptaq else "GPTQModel GPTQ", ["gptqmodel"], clock, len(ids), len(ids[0]))
+    name = "GPTQModel GPTAQ" if options.gptaq else "GPTQModel GPTQ"
+    peer.report(options, name, ["gptqmodel"], clock, len(ids), len(ids[0]))
     peer.save_plain(dequantize(options, packed), AutoTokenizer.from_pretrained(options.model), options.output)
     shutil.rmtree(packed)
     shutil.rmtree(os.getcwd())

@@ -4,13 +4,15 @@
   bench/quality/prepare.sh
   bench/quality/run.py bench/quality/defaults.yaml --setting quick --output runs/quality [--only REGEX] [--max-minutes 30]
 
-Every (model, grid, seed) is a group: its checkpoints are made one after the other, isobath's sharing what was measured, peers by
-their own scripts; one pass of `isobath evaluate` judges those that have no result yet, and the checkpoints are deleted. A result
-is kept in results.json of the output and not made again unless its keys change, so a matrix may be run piecewise and stopped at
-any moment. table.md and table.json are written anew after each group.
+Every (model, grid, seed) is a group: its checkpoints are made one after the other, isobath's sharing what was
+measured, peers by their own scripts; one pass of `isobath evaluate` judges those that have no result yet, and the
+checkpoints are deleted. A result is kept in results.json of the output and not made again unless its keys change,
+so a matrix may be run piecewise and stopped at any moment. MATRIX.md and MATRIX.json there are written anew after
+each group.
 
-Calibration: seed s takes a random sample of rows of the model's token file (NumPy's generator with that seed), the same for all
-configurations and peers. Evaluation: one sample, the same for all.
+Calibration: seed s takes a random sample of rows of the model's token file (NumPy's generator with that seed), the
+same for all configurations and peers. Evaluation: one sample, the same for all. Paths of the matrix start at the
+current directory. As root, first `source launch/setup.sh && isobath_environment` for Open MPI's settings.
 """
 import argparse
 import json
@@ -73,7 +75,7 @@ def sample_rows(source, output, n_rows, length, seed):
 
 class Bench:
     def __init__(self, options, matrix):
-        self.options, self.matrix, self.folder = options, matrix, options.output / options.setting
+        self.options, self.matrix, self.folder = options, matrix, (options.output / options.setting).absolute()
         self.deadline = time.monotonic() + 60 * options.max_minutes
         self.folder.mkdir(parents=True, exist_ok=True)
         self.store = self.folder / "results.json"
@@ -93,7 +95,7 @@ class Bench:
         log.parent.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
         with log.open("w", encoding="utf-8") as file:
-            found = subprocess.run([str(part) for part in command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False)
+            found = subprocess.run([str(part) for part in command], stdout=file, stderr=subprocess.STDOUT, check=False)
         if found.returncode != 0:
             raise Failed(f"exit code {found.returncode}; the end of {log}:\n" + "\n".join(
                 log.read_text(encoding="utf-8").rstrip().split("\n")[-6:]))
@@ -164,7 +166,8 @@ class Bench:
                    "--dtype", self.options.dtype, "--threads", self.options.ranks * self.options.threads, *run.options], log)
         lines = [line for line in log.read_text(encoding="utf-8").split("\n") if line.startswith("{")]
         report = json.loads(lines[-1])
-        return {"seconds": report["total_s"], "peer": report, "bits_per_weight": bits + (16 if symmetric else 16 + bits) / group}
+        return {"seconds": report["total_s"], "peer": report,
+                "bits_per_weight": bits + (16 if symmetric else 16 + bits) / group}
 
     def judge(self, made):
         """Evaluates checkpoints of one model in one pass and stores the results."""
@@ -174,14 +177,15 @@ class Bench:
                     self.matrix.setting["window"], EVALUATION_SEED)
         output, log = self.folder / "evaluation.json", self.folder / "logs" / f"{run.group}-evaluate.log"
         checkpoints = [part for _, directory, _ in made for part in ("--checkpoint", directory / "model")]
-        self.isobath("evaluate", run, {"output": str(self.folder / "unused"), "evaluation.tokens": str(tokens)}, log, *checkpoints,
-                     "--json", output)
+        self.isobath("evaluate", run, {"output": str(self.folder / "unused"), "evaluation.tokens": str(tokens)}, log,
+                     *checkpoints, "--json", output)
         for (one, directory, known), metrics in zip(made, json.loads(output.read_text())):
             self.state["originals"][one.model] = metrics["perplexity_original"]
             self.state["results"][one.name] = {
                 **known, **{key: metrics[key] for key in ("perplexity", "kl_mean", "kl_median", "kl_p99", "top1_agreement")},
                 "fingerprint": one.fingerprint(self.matrix.setting)}
-            print(f"{one.name}: perplexity {metrics['perplexity']:.3f}, KL {metrics['kl_mean']:.4f}, {known['seconds']:.0f} s", flush=True)
+            print(f"{one.name}: perplexity {metrics['perplexity']:.3f}, KL {metrics['kl_mean']:.4f}, "
+                  f"{known['seconds']:.0f} s", flush=True)
             if not self.options.keep:
                 shutil.rmtree(directory, ignore_errors=True)
         self.save()

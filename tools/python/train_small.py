@@ -4,10 +4,10 @@
   tools/python/real_text.py --output data/small --packages numpy torch transformers sympy networkx
   tools/python/train_small.py --output models/small data/small/calibration.txt
 
-Writes a Hugging Face checkpoint (bf16 weights, config.json, tokenizer.json) that transformers and isobath load. The byte-level
-BPE vocabulary is trained on the same text. Everything is computed in f32, and the result is a function of the text, the
-options, the versions of the modules (requirements-test.txt) and the number of threads. The perplexity of windows that were
-not trained on is printed at the end, before and after rounding to bf16.
+Writes a Hugging Face checkpoint (bf16 weights, config.json, tokenizer.json) that transformers and isobath load. The
+byte-level BPE vocabulary is trained on the same text. Everything is computed in f32, and the result is a function
+of the text, the options, the versions of the modules (requirements-test.txt) and the number of threads. The
+perplexity of windows that were not trained on is printed at the end, before and after rounding to bf16.
 """
 import argparse
 import json
