@@ -170,6 +170,8 @@ def markdown(state, options):
         return [runs[one][key] for one in keys if one in runs]
 
     for bits in options.bits:
+        if not any(values(name, bits, "seconds") for name in SYSTEMS):
+            continue
         lines += ["| bits | system | runs | seconds, median (least to most) | " +
                   " | ".join(f"/ isobath {title}" for title in BASELINES) + " | peak memory, GB |",
                   "| --- " * (5 + len(BASELINES)) + "|"]
