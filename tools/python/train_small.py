@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trains a small Llama from scratch on real text: a second, own model for the quality bench, in minutes on one core.
+"""Trains a small Llama from scratch on real text: a second, own model for the quality bench.
 
   tools/python/real_text.py --output data/small --packages numpy torch transformers sympy networkx
   tools/python/train_small.py --output models/small data/small/calibration.txt
