@@ -93,7 +93,9 @@ void add_sensitivity_keys(Table& t) {
   t.word(
       "sensitivity.loss", [](auto& c) -> auto& { return c.sensitivity.loss; }, {"nll", "fisher"},
       "Loss whose gradients weigh the tokens: nll takes the data's labels, fisher labels drawn from the "
-      "model.");
+      "model.",
+      " (kl, the divergence from the original model, has no gradient before anything is quantized: take "
+      "fisher, its Hessian, and quantization.reestimate.loss kl behind quantized blocks)");
   t.integer(
       "sensitivity.samples", [](auto& c) -> auto& { return c.sensitivity.samples; }, 1, "draws per token",
       "Label draws per token; above 1 only with loss fisher.");
@@ -107,6 +109,9 @@ void add_sensitivity_keys(Table& t) {
   t.integer(
       "sensitivity.row_groups", [](auto& c) -> auto& { return c.sensitivity.row_groups; }, 1, "groups",
       "Groups of output rows with a token weight and a covariance of their own.");
+  t.word(
+      "sensitivity.grouping", [](auto& c) -> auto& { return c.sensitivity.grouping; }, {"index", "head"},
+      "Which rows form a group: equal runs of them, or in q, k and v whole heads.");
   t.real(
       "sensitivity.clip_quantile", [](auto& c) -> auto& { return c.sensitivity.clip_quantile; }, 0, false, 1,
       "Token weights above this quantile are lowered to it; 1 lowers none.");
@@ -181,10 +186,29 @@ void add_quantization_keys(Table& t) {
       false, 1000, "Share of the mean diagonal added to the covariance in correction qep.");
   t.word(
       "quantization.reestimate.policy", [](auto& c) -> auto& { return c.quantization.reestimate.policy; },
-      {"never", "every"}, "When token weights are measured again behind the blocks quantized so far.");
+      {"never", "every", "drift"},
+      "When token weights are measured again behind the blocks quantized so far; drift compares them on a "
+      "few "
+      "sequences first.");
   t.integer(
       "quantization.reestimate.blocks", [](auto& c) -> auto& { return c.quantization.reestimate.blocks; }, 1,
-      "blocks", "Blocks between two measurements with policy every.");
+      "blocks", "Blocks between two measurements with policy every, two comparisons with drift.");
+  t.word(
+      "quantization.reestimate.loss", [](auto& c) -> auto& { return c.quantization.reestimate.loss; },
+      {"same", "nll", "fisher", "kl"},
+      "Loss of these measurements: that of sensitivity.loss, or another; kl is the divergence of the model "
+      "as "
+      "it is by then from the original, which costs one forward pass and keeps the original's last hidden "
+      "states.");
+  t.real(
+      "quantization.reestimate.threshold",
+      [](auto& c) -> auto& { return c.quantization.reestimate.threshold; }, 0, false, 1,
+      "Policy drift measures again when the mean cosine of the token weights in use with those of now falls "
+      "below this; 1 always does.");
+  t.integer(
+      "quantization.reestimate.probe_sequences",
+      [](auto& c) -> auto& { return c.quantization.reestimate.probe_sequences; }, 1, "sequences",
+      "Calibration sequences that policy drift compares token weights on, rounded up to whole microbatches.");
   t.add(
       "quantization.ignore", "list of text", "",
       "Modules left as they are: names, or re: and a regular expression matched from the start of the name.",

@@ -92,6 +92,15 @@ at::Tensor output_gradient(const at::Tensor& probabilities, const at::Tensor& la
   return kernels::linear_backward(difference, lm_head);
 }
 
+/// ∂KL/∂output of the final norm: (p − p̃) · lm_head, p̃ of the original model. The difference is taken in f32:
+/// behind a well quantized prefix p and p̃ agree in most digits of a shorter type.
+at::Tensor divergence_gradient(const at::Tensor& probabilities, const at::Tensor& original,
+                               const Chunk& chunk, const at::Tensor& lm_head) {
+  at::Tensor difference = probabilities - original;
+  difference.narrow(0, chunk.n_predicted, chunk.n_tokens - chunk.n_predicted).zero_();
+  return at::mm(difference.to(lm_head.scalar_type()), lm_head);
+}
+
 }  // namespace
 
 at::Tensor embed(const at::Tensor& embedding, const at::Tensor& tokens) {
@@ -105,7 +114,7 @@ at::Tensor head_logits(const ModelConfig& config, const HeadWeights& head, const
 
 LossResult loss_and_gradient(const ModelConfig& config, const HeadWeights& head, const at::Tensor& hidden,
                              const at::Tensor& tokens, const at::Tensor& lengths, Range sequences,
-                             const LossSpec& loss) {
+                             const LossSpec& loss, const at::Tensor& original) {
   ISOBATH_CHECK(hidden.dim() == 3 && hidden.size(0) == tokens.size(0) && hidden.size(1) == tokens.size(1),
                 "hidden states {} for tokens {}", fmt::join(hidden.sizes(), "x"),
                 fmt::join(tokens.sizes(), "x"));
@@ -113,6 +122,8 @@ LossResult loss_and_gradient(const ModelConfig& config, const HeadWeights& head,
                 "{} sequences and {} lengths for {} rows", sequences.size(), lengths.numel(), tokens.size(0));
   ISOBATH_CHECK(loss.n_samples >= 1 && (loss.kind == LossKind::fisher || loss.n_samples == 1), "{} samples",
                 loss.n_samples);
+  ISOBATH_CHECK(loss.kind != LossKind::kl || (original.defined() && original.sizes() == hidden.sizes()),
+                "loss kl needs the original model's hidden states, {}", fmt::join(hidden.sizes(), "x"));
   const c10::AutoGradMode no_gradient(false);
   const at::Tensor labels = tokens.to(at::kLong);
   LossResult result;
@@ -127,11 +138,26 @@ LossResult loss_and_gradient(const ModelConfig& config, const HeadWeights& head,
     const at::Tensor data_labels =
         at::constant_pad_nd(labels[chunk.row].narrow(0, chunk.first + 1, chunk.n_predicted),
                             {0, chunk.n_tokens - chunk.n_predicted});
-    const bool draws = loss.kind == LossKind::fisher;
-    // Labels are drawn from probabilities in f32.
-    const kernels::LabelLoss data = kernels::label_loss(draws ? logits.to(at::kFloat) : logits, data_labels);
+    const bool draws = loss.kind == LossKind::fisher, compares = loss.kind == LossKind::kl;
+    // Labels are drawn from probabilities in f32, and differences of probabilities taken.
+    const kernels::LabelLoss data =
+        kernels::label_loss(draws || compares ? logits.to(at::kFloat) : logits, data_labels);
     result.nll_sum += sum_nll(data.nll, chunk);
     result.n_predicted += chunk.n_predicted;
+    const auto store = [&](int64_t sample, const at::Tensor& gradient) {
+      result.gradient[sample][chunk.row]
+          .narrow(0, chunk.first, chunk.n_tokens)
+          .copy_(kernels::rms_norm_backward(x, head.final_norm, config.rms_eps, gradient, {}));
+    };
+    if (compares) {
+      const at::Tensor original_logits =
+          head_logits(config, head, original[chunk.row].narrow(0, chunk.first, chunk.n_tokens));
+      const at::Tensor kl = kernels::compare_logits(original_logits, logits, data_labels).kl;
+      result.kl_sum += kl.narrow(0, 0, chunk.n_predicted).sum(at::kDouble).item<double>();
+      const kernels::LabelLoss before = kernels::label_loss(original_logits.to(at::kFloat), data_labels);
+      store(0, divergence_gradient(data.probabilities, before.probabilities, chunk, head.lm_head));
+      continue;
+    }
 
     const at::Tensor samples = draws ? draw_labels(data.probabilities, chunk, loss)
                                      : data_labels.narrow(0, 0, chunk.n_predicted).unsqueeze(1);
@@ -140,10 +166,7 @@ LossResult loss_and_gradient(const ModelConfig& config, const HeadWeights& head,
       const at::Tensor logit =
           logits.narrow(0, 0, chunk.n_predicted).gather(1, drawn.unsqueeze(1)).squeeze(1).to(at::kFloat);
       const at::Tensor at_label = at::expm1(logit - data.log_sums.narrow(0, 0, chunk.n_predicted));
-      const at::Tensor gradient = output_gradient(data.probabilities, drawn, at_label, chunk, head.lm_head);
-      result.gradient[sample][chunk.row]
-          .narrow(0, chunk.first, chunk.n_tokens)
-          .copy_(kernels::rms_norm_backward(x, head.final_norm, config.rms_eps, gradient, {}));
+      store(sample, output_gradient(data.probabilities, drawn, at_label, chunk, head.lm_head));
     }
   }
   return result;

@@ -246,6 +246,12 @@ ModelConfig read_model_config(const std::filesystem::path& directory) {
   return config;
 }
 
+int64_t rows_of_head(const ModelConfig& config, Projection projection) {
+  const bool has_heads =
+      projection == Projection::q || projection == Projection::k || projection == Projection::v;
+  return has_heads ? config.head_dim : 1;
+}
+
 ModuleShape module_shape(const ModelConfig& config, Projection projection) {
   const int64_t d_query = config.n_heads * config.head_dim, d_key = config.n_kv_heads * config.head_dim;
   switch (projection) {

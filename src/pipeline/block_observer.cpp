@@ -19,8 +19,12 @@ constexpr int kTagStride = 64;
 }  // namespace
 
 BlockObserver::BlockObserver(const Session& session, const CalibrationSet& calibration, int64_t block,
-                             const model::BlockWeights* perturbed)
-    : session_(session), calibration_(calibration), block_(block) {
+                             const Options& options)
+    : session_(session),
+      calibration_(calibration),
+      block_(block),
+      n_samples_(options.n_samples),
+      only_token_weights_(options.only_token_weights) {
   const int replica = session.grid->replica(), n_replicas = session.grid->shape().replicas;
   local_sequences_ = calibration.shards.sequences_of(replica, n_replicas);
   const std::vector<int> owners = calibration.shards.owners(n_replicas);
@@ -28,18 +32,19 @@ BlockObserver::BlockObserver(const Session& session, const CalibrationSet& calib
   for (Module& module : modules_) {
     module.token_weights =
         at::zeros({local_sequences_.size(), calibration.tokens.length(), sensitivity.row_groups}, at::kFloat);
+    if (only_token_weights_) continue;
     module.sums.emplace_back(owners, replica);
     module.maxima.emplace_back(owners, replica, comm::Reduce::max);
     if (sensitivity.covariance)
       for (int64_t k = 0; k < sensitivity.row_groups; ++k) module.covariances.emplace_back(owners, replica);
   }
-  if (perturbed == nullptr || sensitivity.gram_bits.empty()) return;
+  if (options.perturbed == nullptr || sensitivity.gram_bits.empty()) return;
   for (int p = 0; p < model::kProjections; ++p) {
     const auto projection = static_cast<model::Projection>(p);
     const std::string name = model::module_name(block, projection);
     if (config::choice_for(session.config.quantization, name).quantized)
-      modules_[static_cast<size_t>(p)].perturbations.emplace(session, name, (*perturbed)[projection].weight,
-                                                             local_sequences_);
+      modules_[static_cast<size_t>(p)].perturbations.emplace(
+          session, name, (*options.perturbed)[projection].weight, local_sequences_);
   }
 }
 
@@ -61,25 +66,28 @@ void BlockObserver::open_shard(Module& module, int64_t n_channels) {
 
 void BlockObserver::observe(model::Projection projection, const at::Tensor& x, const at::Tensor& gradient) {
   Module& module = modules_[static_cast<size_t>(projection)];
-  const config::Sensitivity& sensitivity = session_.config.sensitivity;
-  if (!module.shard) open_shard(module, x.size(2));
-  try {
-    module.shard->observe(x, gradient, mask_, microbatch_.sequences.begin, sample_);
-  } catch (const Error&) {
-    std::throw_with_nested(NumericError(fmt::format("measuring {}", model::module_name(block_, projection))));
+  if (!only_token_weights_) {
+    if (!module.shard) open_shard(module, x.size(2));
+    try {
+      module.shard->observe(x, gradient, mask_, microbatch_.sequences.begin, sample_);
+    } catch (const Error&) {
+      std::throw_with_nested(
+          NumericError(fmt::format("measuring {}", model::module_name(block_, projection))));
+    }
   }
-  const at::Tensor weights = sensitivity::token_weights(gradient, sensitivity.row_groups).cpu();
+  const at::Tensor weights = sensitivity::token_weights(gradient, row_groups_of(session_, projection)).cpu();
   // D of several Fisher samples is their mean.
   module.token_weights
       .slice(0, microbatch_.sequences.begin - local_sequences_.begin,
              microbatch_.sequences.end - local_sequences_.begin)
-      .add_(weights, 1.0 / static_cast<double>(sensitivity.samples));
+      .add_(weights, 1.0 / static_cast<double>(n_samples_));
   if (module.perturbations)
     module.perturbations->observe(x, gradient, mask_, weights.mean(2), microbatch_.sequences, sample_);
-  if (sensitivity.covariance) module.input = x;
+  if (!module.covariances.empty()) module.input = x;
 }
 
 void BlockObserver::finish_microbatch(bool is_last_of_shard) {
+  if (only_token_weights_) return;
   for (Module& module : modules_) {
     for (size_t k = 0; k < module.shard_covariances.size(); ++k) {
       const at::Tensor weights = module.token_weights
@@ -127,6 +135,7 @@ Perturbations BlockObserver::gather(const Perturbations& local) const {
 }
 
 BlockStatistics BlockObserver::reduce() {
+  ISOBATH_CHECK(!only_token_weights_, "block {} observed nothing but token weights", block_);
   const comm::Communicator& replicas = session_.grid->replicas();
   const bool is_root = replicas.rank() == 0;
   const config::Sensitivity& sensitivity = session_.config.sensitivity;
@@ -146,10 +155,9 @@ BlockStatistics BlockObserver::reduce() {
     statistics.sum_x2 = channels.sum_squares();
     statistics.max_abs_x = maxima;
     // Fisher samples are draws of the same expectation: sums over them become means.
-    statistics.alpha_per_token = channels.alpha_per_token() / static_cast<double>(sensitivity.samples);
+    statistics.alpha_per_token = channels.alpha_per_token() / static_cast<double>(n_samples_);
     if (sensitivity.per_sequence != "off")
-      statistics.alpha_per_sequence =
-          channels.alpha_per_sequence() / static_cast<double>(sensitivity.samples);
+      statistics.alpha_per_sequence = channels.alpha_per_sequence() / static_cast<double>(n_samples_);
     if (!covariances.empty()) statistics.covariance = at::stack(covariances);
     statistics.n_tokens = channels.n_tokens();
     statistics.n_sequences = channels.n_sequences();

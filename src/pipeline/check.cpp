@@ -32,9 +32,12 @@ void require_quantizable(const config::RunConfig& config, const model::ModelConf
     for (int p = 0; p < model::kProjections; ++p) {
       const auto projection = static_cast<model::Projection>(p);
       const model::ModuleShape shape = model::module_shape(model, projection);
-      if (config.sensitivity.row_groups > shape.rows)
-        problems += fmt::format("\n  sensitivity.row_groups = {} exceeds the {} output channels of {}",
-                                config.sensitivity.row_groups, shape.rows, model::name_of(projection));
+      const bool by_head = config.sensitivity.grouping == "head";
+      const int64_t unit = by_head ? model::rows_of_head(model, projection) : 1;
+      if (config.sensitivity.row_groups > shape.rows / unit)
+        problems += fmt::format("\n  sensitivity.row_groups = {} exceeds the {} {} of {}",
+                                config.sensitivity.row_groups, shape.rows / unit,
+                                unit > 1 ? "heads" : "output channels", model::name_of(projection));
     }
   }
   if (!problems.empty())

@@ -25,7 +25,7 @@ namespace {
 class Stage {
  public:
   Stage(const Session& session, const CalibrationSet& calibration, const StageWeights& weights,
-        const MeasurePass& pass)
+        const MeasurePass& pass, bool only_token_weights)
       : session_(session),
         calibration_(calibration),
         weights_(weights),
@@ -38,14 +38,15 @@ class Stage {
                   session.is_last_stage() ? -1 : session.grid->stage() + 1,
                   is_entry() ? -1 : session.grid->stage() - 1),
         rotary_(model::Rotary::make(session.model(), calibration.tokens.length(), session.device)),
-        loss_{.kind = session.config.sensitivity.loss == "fisher" ? model::LossKind::fisher
-                                                                  : model::LossKind::nll,
-              .n_samples = session.config.sensitivity.samples,
-              .seed = session.config.calibration.seed} {
+        loss_(loss_of(session, pass)) {
     if (takes_part())
       for (int64_t block = blocks_.begin; block < blocks_.end; ++block)
-        observers_.emplace_back(session, calibration, block,
-                                pass.with_perturbations ? &weights.blocks.at(block) : nullptr);
+        observers_.emplace_back(
+            session, calibration, block,
+            BlockObserver::Options{
+                .n_samples = loss_.n_samples,
+                .only_token_weights = only_token_weights,
+                .perturbed = pass.with_perturbations ? &weights.blocks.at(block) : nullptr});
   }
 
   [[nodiscard]] bool takes_part() const { return session_.grid->stage() >= entry_stage_; }
@@ -53,9 +54,9 @@ class Stage {
   [[nodiscard]] Range blocks() const { return blocks_; }
   [[nodiscard]] std::vector<BlockObserver>& observers() { return observers_; }
 
-  /// Runs one segment of this replica's microbatches; nll receives each microbatch's loss by its global index
-  /// (last stage).
-  void run(std::span<const data::Microbatch> microbatches, at::Tensor& nll, report::Progress& progress) {
+  /// Runs one segment of this replica's microbatches; losses [n, 3] receives each microbatch's nll, predicted
+  /// tokens and KL by its global index (last stage).
+  void run(std::span<const data::Microbatch> microbatches, at::Tensor& losses, report::Progress& progress) {
     if (!takes_part() || microbatches.empty()) return;
     const auto n = static_cast<int64_t>(microbatches.size());
     const int n_stages = session_.grid->shape().stages - entry_stage_,
@@ -73,7 +74,7 @@ class Stage {
         const bool closes_shard =
             !has_next || microbatches[static_cast<size_t>(step.microbatch + 1)].shard != microbatch.shard;
         const trace::Span span("backward", microbatch.index);
-        backward(microbatch, closes_shard, nll);
+        backward(microbatch, closes_shard, losses);
         if (has_next && !session_.is_last_stage())
           expect_gradient(microbatches[static_cast<size_t>(step.microbatch + 1)]);
         progress.advance();
@@ -84,6 +85,14 @@ class Stage {
   }
 
  private:
+  static model::LossSpec loss_of(const Session& session, const MeasurePass& pass) {
+    const std::string& loss = pass.loss.empty() ? session.config.sensitivity.loss : pass.loss;
+    return {.kind = loss == "fisher" ? model::LossKind::fisher
+                    : loss == "kl"   ? model::LossKind::kl
+                                     : model::LossKind::nll,
+            .n_samples = loss == "fisher" ? session.config.sensitivity.samples : 1,
+            .seed = session.config.calibration.seed};
+  }
   [[nodiscard]] at::TensorOptions options() const {
     return at::TensorOptions().dtype(session_.dtype).device(session_.device);
   }
@@ -130,17 +139,19 @@ class Stage {
       forward_.send(hidden);
   }
 
-  void backward(const data::Microbatch& microbatch, bool closes_shard, at::Tensor& nll) {
+  void backward(const data::Microbatch& microbatch, bool closes_shard, at::Tensor& losses) {
     InFlight kept = std::move(in_flight_.at(microbatch.index));
     in_flight_.erase(microbatch.index);
     at::Tensor gradient;  // [n_samples, b, T, d_model]
     if (session_.is_last_stage()) {
-      model::LossResult loss = model::loss_and_gradient(
-          session_.model(), weights_.head, kept.output,
-          calibration_.tokens_of(microbatch.sequences).to(session_.device),
-          calibration_.lengths_of(microbatch.sequences), microbatch.sequences, loss_);
-      nll[microbatch.index][0] = loss.nll_sum;
-      nll[microbatch.index][1] = static_cast<double>(loss.n_predicted);
+      model::LossResult loss =
+          model::loss_and_gradient(session_.model(), weights_.head, kept.output,
+                                   calibration_.tokens_of(microbatch.sequences).to(session_.device),
+                                   calibration_.lengths_of(microbatch.sequences), microbatch.sequences, loss_,
+                                   pass_.original ? pass_.original(microbatch) : at::Tensor());
+      losses[microbatch.index][0] = loss.nll_sum;
+      losses[microbatch.index][1] = static_cast<double>(loss.n_predicted);
+      losses[microbatch.index][2] = loss.kl_sum;
       gradient = std::move(loss.gradient);
     } else {
       gradient = arrived(backward_);
@@ -203,8 +214,10 @@ class Stage {
 
 }  // namespace
 
-StatisticsHeader statistics_header(const Session& session, const CalibrationSet& calibration) {
+StatisticsHeader statistics_header(const Session& session, const CalibrationSet& calibration,
+                                   const std::string& loss_of_pass) {
   const config::Sensitivity& sensitivity = session.config.sensitivity;
+  const std::string& loss = loss_of_pass.empty() ? sensitivity.loss : loss_of_pass;
   return {{"format", "isobath statistics 1"},
           {"model", session.source->tensors().fingerprint()},
           {"tokens", calibration.tokens.digest},
@@ -213,9 +226,11 @@ StatisticsHeader statistics_header(const Session& session, const CalibrationSet&
           {"microbatch", std::to_string(session.config.calibration.microbatch)},
           {"logical_shards", std::to_string(calibration.shards.n_shards())},
           {"seed", std::to_string(session.config.calibration.seed)},
-          {"loss", sensitivity.loss},
-          {"samples", std::to_string(sensitivity.samples)},
-          {"row_groups", std::to_string(sensitivity.row_groups)},
+          {"loss", loss},
+          {"samples", std::to_string(loss == "fisher" ? sensitivity.samples : 1)},
+          {"row_groups",
+           fmt::format("{}{}", sensitivity.row_groups,
+                       sensitivity.row_groups > 1 && sensitivity.grouping == "head" ? " by head" : "")},
           {"per_sequence", sensitivity.per_sequence},
           {"probes", std::to_string(sensitivity.per_sequence == "probes" ? sensitivity.probes : 0)},
           {"compute_dtype", c10::toString(session.dtype)}};
@@ -232,13 +247,13 @@ MeasureResult measure(const Session& session, const CalibrationSet& calibration,
   });
 
   // Each replica takes its logical shards, a segment at a time; a segment is whole shards.
-  Stage stage(session, calibration, weights, pass);
+  Stage stage(session, calibration, weights, pass, /*only_token_weights=*/false);
   const data::ShardPlan& shards = calibration.shards;
   const std::vector<data::Microbatch> mine = shards.microbatches_of(session.grid->replica(), shape.replicas);
   const auto n_microbatches = static_cast<int64_t>(shards.microbatches().size());
   const int64_t per_segment = model::shards_per_segment(n_microbatches, shards.n_shards(), shape.stages);
   const int64_t n_segments = (shards.shards_of(0, shape.replicas).size() + per_segment - 1) / per_segment;
-  at::Tensor nll = at::zeros({n_microbatches, 2}, at::kDouble);  // sum and count of each microbatch
+  at::Tensor losses = at::zeros({n_microbatches, 3}, at::kDouble);  // nll, tokens and KL of each
 
   {
     report::Progress progress(
@@ -253,7 +268,7 @@ MeasureResult measure(const Session& session, const CalibrationSet& calibration,
           std::find_if(mine.begin(), mine.end(), [&](const auto& m) { return m.shard >= now.begin; });
       const auto end =
           std::find_if(mine.begin(), mine.end(), [&](const auto& m) { return m.shard >= now.end; });
-      stage.run({begin, std::max(begin, end)}, nll, progress);
+      stage.run({begin, std::max(begin, end)}, losses, progress);
       progress.note(fmt::format("{}: segment {}/{}", pass.title, segment + 1, n_segments));
       if (world.any(stop_requested()))
         fail<StopRequested>(
@@ -263,7 +278,7 @@ MeasureResult measure(const Session& session, const CalibrationSet& calibration,
   }
 
   // D and the reduced statistics of each block meet on replica 0 of its stage, which writes the block's file.
-  const StatisticsHeader header = statistics_header(session, calibration);
+  const StatisticsHeader header = statistics_header(session, calibration, pass.loss);
   std::string failure;
   ExitCode code = ExitCode::io;
   for (size_t i = 0; i < stage.observers().size(); ++i) {
@@ -279,20 +294,68 @@ MeasureResult measure(const Session& session, const CalibrationSet& calibration,
   }
   world.agree(failure, code);
 
-  share_disjoint(nll, world);
-  MeasureResult result{.wall_s = timer.seconds()};
-  double sum = 0;
+  share_disjoint(losses, world);
+  MeasureResult result;
+  result.wall_s = timer.seconds();
+  double nll = 0, kl = 0;
   for (int64_t i = 0; i < n_microbatches; ++i) {
-    sum += nll[i][0].item<double>();
-    result.n_tokens += static_cast<int64_t>(nll[i][1].item<double>());
+    nll += losses[i][0].item<double>();
+    result.n_tokens += static_cast<int64_t>(losses[i][1].item<double>());
+    kl += losses[i][2].item<double>();
   }
-  result.nll_per_token = sum / static_cast<double>(std::max<int64_t>(1, result.n_tokens));
-  events.write("measured", {{"title", pass.title},
-                            {"first_block", pass.first_block},
-                            {"seconds", result.wall_s},
-                            {"tokens", result.n_tokens},
-                            {"nll_per_token", result.nll_per_token}});
+  const auto n_tokens = static_cast<double>(std::max<int64_t>(1, result.n_tokens));
+  result.nll_per_token = nll / n_tokens;
+  if (pass.original) result.kl_per_token = kl / n_tokens;
+  nlohmann::json event = {{"title", pass.title},       {"first_block", pass.first_block},
+                          {"loss", header.at("loss")}, {"seconds", result.wall_s},
+                          {"tokens", result.n_tokens}, {"nll_per_token", result.nll_per_token}};
+  if (result.kl_per_token) event["kl_per_token"] = *result.kl_per_token;
+  events.write("measured", event);
   return result;
+}
+
+std::map<int64_t, std::array<at::Tensor, model::kProjections>> measure_token_weights(
+    const Session& session, const CalibrationSet& calibration, const StageWeights& weights,
+    const MeasurePass& pass, const std::vector<data::Microbatch>& probe) {
+  comm::Watchdog::set_activity(pass.title);
+  const Range local =
+      calibration.shards.sequences_of(session.grid->replica(), session.grid->shape().replicas);
+  std::vector<data::Microbatch> mine;
+  int64_t n_sequences = 0;
+  for (const data::Microbatch& microbatch : probe) {
+    if (local.contains(microbatch.sequences.begin)) mine.push_back(microbatch);
+    n_sequences += microbatch.sequences.size();
+  }
+  Stage stage(session, calibration, weights, pass, /*only_token_weights=*/true);
+  at::Tensor losses =
+      at::zeros({std::ssize(calibration.shards.microbatches()), 3}, at::kDouble);  // of no interest here
+  {
+    report::Progress progress(
+        pass.title, std::ssize(mine), "microbatches", 0,
+        session.world().rank() == session.grid->world_rank(session.stage_of(pass.first_block), 0));
+    stage.run(mine, losses, progress);
+  }
+
+  std::map<int64_t, std::array<at::Tensor, model::kProjections>> found;
+  for (size_t i = 0; i < stage.observers().size(); ++i) {
+    auto& modules = found[stage.blocks().begin + static_cast<int64_t>(i)];
+    for (int p = 0; p < model::kProjections; ++p) {
+      const at::Tensor& observed = stage.observers()[i].token_weights(static_cast<model::Projection>(p));
+      at::Tensor& all = modules[static_cast<size_t>(p)];
+      all = at::zeros({n_sequences, observed.size(1), observed.size(2)}, at::kFloat);
+      int64_t row = 0;
+      for (const data::Microbatch& microbatch : probe) {
+        const int64_t n = microbatch.sequences.size();
+        if (local.contains(microbatch.sequences.begin))
+          all.slice(0, row, row + n)
+              .copy_(observed.slice(0, microbatch.sequences.begin - local.begin,
+                                    microbatch.sequences.end - local.begin));
+        row += n;
+      }
+      share_disjoint(all, session.grid->replicas());
+    }
+  }
+  return found;
 }
 
 }  // namespace isobath::pipeline

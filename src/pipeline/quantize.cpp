@@ -13,8 +13,8 @@
 #include <isobath/formats/compressed_tensors.hpp>
 #include <isobath/io/files.hpp>
 #include <isobath/pipeline/hidden_streams.hpp>
-#include <isobath/pipeline/measure.hpp>
 #include <isobath/pipeline/model_output.hpp>
+#include <isobath/pipeline/reestimation.hpp>
 #include <isobath/report/progress.hpp>
 #include <nlohmann/json.hpp>
 
@@ -23,8 +23,6 @@ namespace {
 
 namespace fs = std::filesystem;
 using model::Projection;
-
-constexpr int kHiddenTags = 16000;  // tags of Communicator are smaller than this
 
 nlohmann::json to_json(const ModuleRecord& record) {
   nlohmann::json json = {{"module", record.module},
@@ -64,7 +62,6 @@ class QuantizePass {
       : session_(session),
         calibration_(calibration),
         stage_weights_(weights),
-        statistics_(statistics),
         run_(run),
         events_(events),
         generations_(run.path() / "checkpoint", session.config.checkpoint.keep, fingerprint, session.world()),
@@ -73,7 +70,8 @@ class QuantizePass {
         device_comm_(session.world(), session.device),
         n_travelled_(blocks_to_travel(session)),
         streams_(session, calibration, session.config.quantization.asymmetric.is_on()),
-        is_weighted_(n_travelled_ > 0 && session.config.quantization.weighting == "sensitivity") {
+        is_weighted_(n_travelled_ > 0 && session.config.quantization.weighting == "sensitivity"),
+        reestimation_(session, calibration, weights, statistics, run.path(), events) {
     state_.stage = "quantize";
     state_.seed = session.config.calibration.seed;
   }
@@ -82,15 +80,12 @@ class QuantizePass {
     const Timer timer;
     begin(resume);
     {
-      const config::Reestimate& reestimate = session_.config.quantization.reestimate;
       report::Progress progress("quantize", session_.model().n_blocks - state_.next_block, "blocks", 0,
                                 session_.world().rank() == 0);
       while (state_.next_block < session_.model().n_blocks) {
         const int64_t block = state_.next_block;
         comm::Watchdog::set_activity(fmt::format("quantize, block {}", block));
-        if (is_weighted_ && block < n_travelled_ && reestimate.policy == "every" && block > 0 &&
-            block % reestimate.blocks == 0 && state_.sensitivity_from_block < block)
-          estimate_again(block);
+        if (is_weighted_ && block < n_travelled_) reestimation_.before_block(block, streams_, state_);
         quantize_block(block, progress);
         progress.advance();
         save_if_due();
@@ -127,47 +122,6 @@ class QuantizePass {
                                            at::TensorOptions().dtype(session_.dtype).device(session_.device));
     device_comm_.broadcast(embedding, session_.grid->world_rank(0, 0));
     streams_.embed(embedding);
-  }
-
-  // D of blocks >= block, measured with the hidden states that the quantized prefix produces.
-  void estimate_again(int64_t block) {
-    const comm::Communicator& world = session_.world();
-    const int entry_stage = session_.stage_of(block), n_replicas = session_.grid->shape().replicas;
-    const int64_t n_shards = calibration_.shards.n_shards();
-    std::vector<std::pair<at::Tensor, comm::Request>> leaving;
-    for (const data::Microbatch& microbatch : streams_.microbatches()) {
-      const int reader = session_.grid->world_rank(
-          entry_stage, static_cast<int>(owner_of(microbatch.shard, n_shards, n_replicas)));
-      if (reader == world.rank()) continue;
-      at::Tensor hidden = streams_.hidden(microbatch.index).cpu();
-      auto request = world.send_async(hidden, reader, static_cast<int>(microbatch.index % kHiddenTags));
-      leaving.emplace_back(std::move(hidden), std::move(request));
-    }
-    const auto source = [&](const data::Microbatch& microbatch) {
-      const int holder = static_cast<int>(owner_of(microbatch.shard, n_shards, world.size()));
-      if (holder == world.rank()) return streams_.hidden(microbatch.index);
-      at::Tensor hidden =
-          at::empty({microbatch.sequences.size(), calibration_.tokens.length(), session_.model().d_model},
-                    session_.dtype);
-      world.receive(hidden, holder, static_cast<int>(microbatch.index % kHiddenTags));
-      return hidden.to(session_.device);
-    };
-    measure(session_, calibration_, stage_weights_,
-            {.title = fmt::format("re-estimate before block {}", block),
-             .first_block = block,
-             .source = source,
-             .directory = reestimated_directory(block)},
-            events_);
-    for (auto& [tensor, request] : leaving) request.wait();
-    state_.sensitivity_from_block = block;
-  }
-
-  [[nodiscard]] fs::path reestimated_directory(int64_t block) const {
-    return run_.path() / "measure" / fmt::format("before-block-{:05d}", block);
-  }
-  [[nodiscard]] fs::path current_statistics() const {
-    return state_.sensitivity_from_block < 0 ? statistics_
-                                             : reestimated_directory(state_.sensitivity_from_block);
   }
 
   [[nodiscard]] int owner_of_block(int64_t block) const {
@@ -213,7 +167,8 @@ class QuantizePass {
     model::BlockWeights weights = share_block(block);
     std::array<at::Tensor, model::kProjections> token_weights;
     if (is_weighted_)
-      session_.world().agree_on([&] { token_weights = read_token_weights(current_statistics(), block); });
+      session_.world().agree_on(
+          [&] { token_weights = read_token_weights(reestimation_.statistics(state_), block); });
 
     const bool travels = block < n_travelled_;
     if (travels) streams_.enter_block(weights);
@@ -276,8 +231,10 @@ class QuantizePass {
     double before = 0, after = 0;
     for (const ModuleRecord& record : records) {
       state_.bits[record.module] = record.bits;
-      state_.module_records.push_back(to_json(record).dump());
       nlohmann::json event = to_json(record);
+      if (is_weighted_ && state_.sensitivity_from_block >= 0)
+        event["measured_before_block"] = state_.sensitivity_from_block;
+      state_.module_records.push_back(event.dump());
       event["seconds"] = record.wall_s;
       events_.write("module", event);
       log::debug("  {}: {} bits, damping {:g}, n_eff/d {:.1f}, objective {:.4g} -> {:.4g}, {:.2f} s",
@@ -340,9 +297,20 @@ class QuantizePass {
       records.push_back(nlohmann::json::parse(record));
       result.n_fallbacks += records.back()["fallbacks"].get<int64_t>();
     }
+    nlohmann::json reestimations = nlohmann::json::array();
+    for (const std::string& record : state_.reestimations) {
+      reestimations.push_back(nlohmann::json::parse(record));
+      result.reestimations.push_back({.block = reestimations.back()["block"].get<int64_t>(),
+                                      .cosine = reestimations.back().value("cosine", 0.0),
+                                      .refreshed = reestimations.back()["refreshed"].get<bool>(),
+                                      .wall_s = reestimations.back().value("seconds_of_check", 0.0) +
+                                                reestimations.back().value("seconds_of_refresh", 0.0)});
+    }
     session_.world().agree_on([&] {
-      if (session_.world().rank() == 0)
-        io::write_text_atomically(run_.path() / "modules.json", records.dump(1) + "\n");
+      if (session_.world().rank() != 0) return;
+      io::write_text_atomically(run_.path() / "modules.json", records.dump(1) + "\n");
+      if (!reestimations.empty())
+        io::write_text_atomically(run_.path() / "reestimations.json", reestimations.dump(1) + "\n");
     });
     output_.finish(modules, ignored);
     result.bits_per_weight = n_weights > 0 ? bits / n_weights : 0;
@@ -357,7 +325,6 @@ class QuantizePass {
   const Session& session_;
   const CalibrationSet& calibration_;
   const StageWeights& stage_weights_;
-  fs::path statistics_;
   checkpoint::RunDirectory& run_;
   report::EventLog& events_;
   checkpoint::GenerationStore generations_;
@@ -367,6 +334,7 @@ class QuantizePass {
   int64_t n_travelled_;  // blocks that hidden states pass through: up to the last to solve
   HiddenStreams streams_;
   bool is_weighted_;  // D weights H, so there is something to estimate again
+  Reestimation reestimation_;
   checkpoint::RunState state_;
   std::map<Projection, quant::QuantizedMatrix> matrices_;  // of the block in work
   std::vector<std::string> new_outputs_;

@@ -1,5 +1,7 @@
 #include <isobath/pipeline/run.hpp>
 
+#include <fmt/ranges.h>
+
 #include <isobath/comm/watchdog.hpp>
 #include <isobath/core/log.hpp>
 #include <isobath/core/timer.hpp>
@@ -34,6 +36,26 @@ std::string widths_text(const QuantizeResult& result) {
   return text;
 }
 
+// "D measured again before blocks 5, 10 (2 of 3 comparisons, cosine 0.91 to 0.98) in 41 s"; empty for none.
+std::string reestimation_text(const Session& session, const QuantizeResult& result) {
+  if (result.reestimations.empty()) return {};
+  std::vector<int64_t> blocks;
+  double wall_s = 0, least = 1, most = -1;
+  for (const ReestimationRecord& record : result.reestimations) {
+    if (record.refreshed) blocks.push_back(record.block);
+    wall_s += record.wall_s;
+    least = std::min(least, record.cosine);
+    most = std::max(most, record.cosine);
+  }
+  std::string text = blocks.empty() ? "D never measured again"
+                                    : fmt::format("D measured again before block{} {}",
+                                                  blocks.size() == 1 ? "" : "s", fmt::join(blocks, ", "));
+  if (session.config.quantization.reestimate.policy == "drift")
+    text += fmt::format(" ({} of {} comparisons, cosine {:.4f} to {:.4f})", blocks.size(),
+                        result.reestimations.size(), least, most);
+  return text + fmt::format(" in {}\n", report::Progress::format_duration(wall_s));
+}
+
 std::string closing_table(const Session& session, const Closing& closing, const fs::path& run, double wall_s,
                           const comm::Communicator& world) {
   int64_t largest = peak_memory_bytes(), total = largest;
@@ -64,7 +86,8 @@ std::string closing_table(const Session& session, const Closing& closing, const 
                                   (q.asymmetric.is_on() ? ", correction " + q.asymmetric.correction : "") +
                                   (q.refinement.sweeps > 0 ? ", refined" : "")
                             : "",
-                        closing.quantized->n_fallbacks);
+                        closing.quantized->n_fallbacks) +
+            reestimation_text(session, *closing.quantized);
   std::string times;
   const auto add_time = [&](const char* stage, double seconds) {
     times +=

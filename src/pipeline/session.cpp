@@ -10,6 +10,7 @@
 #include <isobath/kernels/cpu.hpp>
 #include <isobath/model/balance.hpp>
 #include <isobath/pipeline/schedule.hpp>
+#include <isobath/sensitivity/token_weights.hpp>
 #include <set>
 #include <thread>
 
@@ -161,6 +162,13 @@ StageWeights load_stage(const Session& session, const model::CheckpointReader& c
     if (session.is_last_stage()) weights.head = checkpoint.read_head(session.dtype, session.device);
   });
   return weights;
+}
+
+std::vector<Range> row_groups_of(const Session& session, model::Projection projection) {
+  const config::Sensitivity& sensitivity = session.config.sensitivity;
+  return sensitivity::row_ranges(
+      model::module_shape(session.model(), projection).rows, sensitivity.row_groups,
+      sensitivity.grouping == "head" ? model::rows_of_head(session.model(), projection) : 1);
 }
 
 checkpoint::Fingerprint fingerprint_of(const Session& session, const CalibrationSet& calibration) {

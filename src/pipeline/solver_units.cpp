@@ -54,10 +54,10 @@ std::vector<SolverUnit> make_units(const Session& session, const std::vector<Sol
       units.back().serves.push_back({t, {0, n_rows}});
       continue;
     }
-    const int64_t n_groups = tasks[t].token_weights.size(2);
-    for (int64_t k = 0; k < n_groups; ++k) {
+    const std::vector<Range> groups = row_groups_of(session, tasks[t].projection);
+    for (int64_t k = 0; k < std::ssize(groups); ++k) {
       SolverUnit unit;
-      unit.serves.push_back({t, partition(n_rows, n_groups, k)});
+      unit.serves.push_back({t, groups[static_cast<size_t>(k)]});
       unit.token_weights = robust_weights(tasks[t].token_weights.select(2, k), session.config.sensitivity);
       const double sum = unit.token_weights.sum(at::kDouble).item<double>();
       const double squares = unit.token_weights.to(at::kDouble).square().sum().item<double>();

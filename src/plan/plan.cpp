@@ -36,8 +36,10 @@ double total_s(const Job& job) {
 }
 
 std::string policy_name(const config::Reestimate& reestimate) {
-  if (reestimate.policy != "every") return "never";
-  return reestimate.blocks == 1 ? "every block" : fmt::format("every {} blocks", reestimate.blocks);
+  if (reestimate.policy == "never") return "never";
+  const std::string when =
+      reestimate.blocks == 1 ? "every block" : fmt::format("every {} blocks", reestimate.blocks);
+  return reestimate.policy == "drift" ? "at most " + when : when;
 }
 
 std::vector<Plan::Policy> quantize_policies(const Job& job) {
@@ -67,7 +69,7 @@ DiskNeed disk_need(const Job& job) {
   if (job.is_weighted()) {
     disk.statistics_bytes = n_blocks * job.token_weight_bytes();
     const config::Reestimate& reestimate = job.config.quantization.reestimate;
-    if (reestimate.policy == "every")
+    if (reestimate.policy != "never")
       for (int64_t at = reestimate.blocks; at < job.model.n_blocks; at += reestimate.blocks)
         disk.restatistics_bytes += (n_blocks - static_cast<double>(at)) * job.token_weight_bytes();
   }

@@ -286,10 +286,15 @@ StageTime quantize_time(const Job& job, const config::Reestimate& reestimate) {
     time.parts.emplace_back("checkpoints", generations * each);
   }
 
-  if (job.is_weighted() && reestimate.policy == "every") {
+  if (job.is_weighted() && reestimate.policy != "never") {
     StageTime all{.name = "re-estimation"};
+    // Drift compares on a few sequences first; each comparison may lead to a refresh, so this is the most.
+    const double compared = reestimate.policy != "drift"
+                                ? 0
+                                : std::min(1.0, static_cast<double>(reestimate.probe_sequences) /
+                                                    static_cast<double>(job.config.calibration.sequences));
     for (int64_t at = reestimate.blocks; at < job.model.n_blocks; at += reestimate.blocks)
-      add(all, reestimate_time(job, at), 1);
+      add(all, reestimate_time(job, at), 1 + compared);
     add(time, all, 1);
     time.parts.emplace_back("re-estimation", all.total_s());
   }

@@ -6,16 +6,32 @@
 
 namespace isobath::sensitivity {
 
+std::vector<Range> row_ranges(int64_t n_rows, int64_t row_groups, int64_t unit) {
+  ISOBATH_CHECK(unit > 0 && n_rows % unit == 0 && 1 <= row_groups && row_groups <= n_rows / unit,
+                "{} row groups of {} rows in units of {}", row_groups, n_rows, unit);
+  std::vector<Range> groups;
+  for (int64_t group = 0; group < row_groups; ++group) {
+    const Range units = partition(n_rows / unit, row_groups, group);
+    groups.push_back({units.begin * unit, units.end * unit});
+  }
+  return groups;
+}
+
 at::Tensor token_weights(const at::Tensor& gradient, int64_t row_groups) {
   ISOBATH_CHECK(gradient.dim() == 3, "token_weights expects a gradient [b, T, d_out], found {} dimensions",
                 gradient.dim());
-  const int64_t n_rows = gradient.size(2);
-  ISOBATH_CHECK(1 <= row_groups && row_groups <= n_rows, "{} row groups of {} rows", row_groups, n_rows);
+  return token_weights(gradient, row_ranges(gradient.size(2), row_groups, 1));
+}
+
+at::Tensor token_weights(const at::Tensor& gradient, std::span<const Range> row_groups) {
+  ISOBATH_CHECK(gradient.dim() == 3 && !row_groups.empty() && row_groups.front().begin == 0 &&
+                    row_groups.back().end == gradient.size(2),
+                "token_weights expects a gradient [b, T, d_out] and groups of all its rows");
   const c10::NoGradGuard no_grad;
-  at::Tensor weights =
-      at::empty({gradient.size(0), gradient.size(1), row_groups}, gradient.options().dtype(at::kFloat));
-  for (int64_t group = 0; group < row_groups; ++group) {
-    const Range rows = partition(n_rows, row_groups, group);
+  at::Tensor weights = at::empty({gradient.size(0), gradient.size(1), std::ssize(row_groups)},
+                                 gradient.options().dtype(at::kFloat));
+  for (int64_t group = 0; group < std::ssize(row_groups); ++group) {
+    const Range rows = row_groups[static_cast<size_t>(group)];
     // The norm reads bf16 and accumulates f32 in one pass; squaring an f32 copy of G costs three times as
     // much.
     const at::Tensor norm =

@@ -83,6 +83,7 @@ inline RunState state_of(int64_t step) {
   state.seed = 0xfedcba9876543210u;
   state.bits = {{"model.layers.0.mlp.down_proj", 4}, {"model.layers.0.mlp.up_proj", 3}};
   state.module_records = {R"({"module": "a", "bits": 3})", std::string("with \0 inside", 13)};
+  state.reestimations = {R"({"block": 2, "cosine": 0.5})"};
   return state;
 }
 
@@ -106,6 +107,7 @@ inline void expect_step(const Generation& generation, int64_t step) {
   EXPECT_EQ(found.sensitivity_from_block, -1);
   EXPECT_EQ(found.bits, expected.bits);
   EXPECT_EQ(found.module_records, expected.module_records);
+  EXPECT_EQ(found.reestimations, expected.reestimations);
   for (int index = 0; index < kTensors; ++index) {
     EXPECT_TRUE(generation.contains(tensor_name(index))) << index;
     EXPECT_TRUE(at::equal(generation.read(tensor_name(index)), tensor_of(index, step))) << index;

@@ -27,7 +27,7 @@ residency: resident
 format: compressed-tensors
 ranks: {stages: 2, replicas: 3, threads: 4, device: cpu, watchdog_s: 5}
 calibration: {tokens: t, sequences: 6, length: 7, microbatch: 8, logical_shards: 9, seed: 18446744073709551615}
-sensitivity: {loss: fisher, samples: 2, per_sequence: exact, probes: 3, row_groups: 4, clip_quantile: 0.5,
+sensitivity: {loss: fisher, samples: 2, per_sequence: exact, probes: 3, row_groups: 4, grouping: head, clip_quantile: 0.5,
               exponent: 2.5, shrinkage: 0.25, covariance: true, reuse: runs/c/measure}
 quantization:
   solver: round_to_nearest
@@ -40,7 +40,7 @@ quantization:
   damping: 1e-3
   refinement: {sweeps: 3}
   asymmetric: {correction: gptaq, strength: 0.75, ridge: 2}
-  reestimate: {policy: every, blocks: 7}
+  reestimate: {policy: drift, blocks: 7, loss: kl, threshold: 0.75, probe_sequences: 9}
   ignore: []
   overrides:
     - {match: 're:.*\.down_proj$', bits: 4, group: 32}
@@ -69,6 +69,7 @@ checkpoint: {every_blocks: 12, keep: 13}
   EXPECT_EQ(c.sensitivity.per_sequence, "exact");
   EXPECT_EQ(c.sensitivity.probes, 3);
   EXPECT_EQ(c.sensitivity.row_groups, 4);
+  EXPECT_EQ(c.sensitivity.grouping, "head");
   EXPECT_EQ(c.sensitivity.clip_quantile, 0.5);
   EXPECT_EQ(c.sensitivity.exponent, 2.5);
   EXPECT_EQ(c.sensitivity.shrinkage, 0.25);
@@ -86,8 +87,11 @@ checkpoint: {every_blocks: 12, keep: 13}
   EXPECT_EQ(c.quantization.asymmetric.correction, "gptaq");
   EXPECT_EQ(c.quantization.asymmetric.strength, 0.75);
   EXPECT_EQ(c.quantization.asymmetric.ridge, 2);
-  EXPECT_EQ(c.quantization.reestimate.policy, "every");
+  EXPECT_EQ(c.quantization.reestimate.policy, "drift");
   EXPECT_EQ(c.quantization.reestimate.blocks, 7);
+  EXPECT_EQ(c.quantization.reestimate.loss, "kl");
+  EXPECT_EQ(c.quantization.reestimate.threshold, 0.75);
+  EXPECT_EQ(c.quantization.reestimate.probe_sequences, 9);
   EXPECT_TRUE(c.quantization.ignore.empty());
   ASSERT_EQ(c.quantization.overrides.size(), 2U);
   EXPECT_EQ(c.quantization.overrides[0].match, "re:.*\\.down_proj$");
@@ -100,6 +104,13 @@ checkpoint: {every_blocks: 12, keep: 13}
   EXPECT_EQ(c.evaluation.windows, 11);
   EXPECT_EQ(c.checkpoint.every_blocks, 12);
   EXPECT_EQ(c.checkpoint.keep, 13);
+}
+
+TEST(ConfigParse, DivergenceAsLossOfMeasureSaysWhatToTake) {
+  const std::string problem = problem_of(kMinimal + "sensitivity: {loss: kl}\n");
+
+  EXPECT_NE(problem.find("found kl"), std::string::npos) << problem;
+  EXPECT_NE(problem.find("quantization.reestimate.loss kl"), std::string::npos) << problem;
 }
 
 TEST(ConfigParse, FlattenedValuesReadBackAsSettings) {

@@ -72,6 +72,44 @@ TEST(LossAndGradient, EqualsAutogradOfTheWholeLogits) {
   EXPECT_LE(relative_distance(result.gradient[0], hidden.grad()), kF32SumError);
 }
 
+TEST(LossAndGradient, OfTheDivergenceEqualsAutograd) {
+  // Chunk borders and padding as above.
+  const at::Tensor lengths = lengths_of({300, 257, 2, 1});
+  const at::Tensor tokens = random_tokens(4, 300);
+  const at::Tensor original = random_normal({4, 300, kDModel}, 9);
+  at::Tensor hidden = (original + 0.1 * random_normal({4, 300, kDModel}, 10)).requires_grad_();
+
+  const auto log_probabilities = [](const at::Tensor& h) {
+    return at::log_softmax(head_logits(small_config(), small_head(), h), -1);
+  };
+  const at::Tensor log_p = log_probabilities(original), log_q = log_probabilities(hidden);
+  const at::Tensor divergences = (log_p.exp() * (log_p - log_q)).sum(-1);
+  at::Tensor expected = at::zeros({});
+  for (int64_t row = 0; row < 4; ++row)
+    expected = expected + divergences[row].narrow(0, 0, lengths[row].item<int64_t>() - 1).sum();
+  expected.backward();
+  const LossResult result = loss_and_gradient(small_config(), small_head(), hidden.detach(), tokens, lengths,
+                                              {0, 4}, {.kind = LossKind::kl}, original);
+
+  EXPECT_NEAR(result.kl_sum, expected.item<double>(), kF32SumError * expected.item<double>());
+  EXPECT_LE(relative_distance(result.gradient[0], hidden.grad()), kF32SumError);
+  EXPECT_EQ(result.n_predicted, 299 + 256 + 1);
+}
+
+TEST(LossAndGradient, TheOriginalDoesNotDivergeFromItself) {
+  const at::Tensor hidden = random_normal({1, 9, kDModel}, 11), tokens = random_tokens(1, 9);
+  const auto loss = [&](LossKind kind, const at::Tensor& original) {
+    return loss_and_gradient(small_config(), small_head(), hidden, tokens, lengths_of({9}), {0, 1},
+                             {.kind = kind}, original);
+  };
+
+  const LossResult divergence = loss(LossKind::kl, hidden);
+
+  EXPECT_EQ(divergence.gradient.abs().max().item<double>(), 0.0);
+  EXPECT_EQ(divergence.nll_sum, loss(LossKind::nll, {}).nll_sum);
+  EXPECT_THROW((void)loss(LossKind::kl, {}), InternalError);
+}
+
 TEST(LossAndGradient, PaddingChangesNothingAndGetsNoGradient) {
   constexpr int64_t kLength = 5, kPadded = 9;
   const at::Tensor lengths = lengths_of({kLength});

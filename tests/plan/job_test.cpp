@@ -258,6 +258,10 @@ TEST(Time, ReestimationIsThePassesOverLaterBlocks) {
       quantize_time(job, {.policy = "every", .blocks = 1}).total_s() - never,
       measure_time(job, 1).total_s() + measure_time(job, 2).total_s() + measure_time(job, 3).total_s(), 1e-9);
   EXPECT_EQ(quantize_time(job, {.policy = "every", .blocks = 4}).total_s(), never);
+  // Drift at most: a comparison on all sequences costs a refresh more.
+  EXPECT_NEAR(
+      quantize_time(job, {.policy = "drift", .blocks = 2, .probe_sequences = 1'000'000}).total_s() - never,
+      2 * (quantize_time(job, {.policy = "every", .blocks = 2}).total_s() - never), 1e-9);
 }
 
 TEST(Time, PartsMakeTheWhole) {

@@ -42,6 +42,23 @@ TEST(TokenWeights, AgreeWithTheOracle) {
   }
 }
 
+TEST(RowRanges, KeepUnitsWhole) {
+  EXPECT_EQ(row_ranges(12, 2, 1), (std::vector<Range>{{0, 6}, {6, 12}}));
+  // Three heads of four rows in two groups.
+  EXPECT_EQ(row_ranges(12, 2, 4), (std::vector<Range>{{0, 8}, {8, 12}}));
+  EXPECT_THROW((void)row_ranges(12, 4, 4), InternalError);
+  EXPECT_THROW((void)row_ranges(12, 2, 5), InternalError);
+}
+
+TEST(TokenWeights, OfGivenGroupsAreTheirMeanSquares) {
+  const at::Tensor gradient = at::arange(1, 7, at::kFloat).view({1, 1, 6});
+
+  const at::Tensor weights = token_weights(gradient, row_ranges(6, 2, 2));
+
+  EXPECT_LT(relative_error(weights.flatten(), at::tensor({(1. + 4 + 9 + 16) / 4, (25. + 36) / 2})),
+            kSingleTolerance);
+}
+
 TEST(TokenWeights, OfAZeroGradientAreZero) {
   EXPECT_EQ(token_weights(at::zeros({1, 3, 8}, at::kBFloat16), 2).abs().max().item<float>(), 0.0F);
 }

@@ -50,6 +50,26 @@ def configurations(space):
     expect(space, "group-does-not-divide", 2, ["48", "group"], settings=("quantization.group=48",))
     expect(space, "more-stages-than-blocks", 2, [str(BLOCKS + 1), str(BLOCKS)], stages=BLOCKS + 1)
     expect(space, "ranks-do-not-fit", 2, ["ranks?"], stages=2, replicas=2, ranks=3)
+    expect(space, "divergence-of-the-original", 2, ["sensitivity.loss", "fisher", "reestimate.loss"],
+           settings=("sensitivity.loss=kl",))
+    expect(space, "more-groups-than-heads", 2, ["row_groups = 3", "2 heads of k_proj"],
+           settings=("sensitivity.row_groups=3", "sensitivity.grouping=head"))
+
+
+def other_statistics(space):
+    """Statistics of another run that do not belong to this one."""
+    run_well(space.config("measured"), stages=RANKS)
+    reuse = f"sensitivity.reuse={space.path / 'measured' / 'measure'}"
+    expect(space, "of-another-model", 2, ["measured differently", "model"],
+           space.config("of-another-model", model=str(write_model(space.path / "another", weights=model_weights(7)))),
+           settings=(reuse,))
+    tokens = write_tokens(space.path / "other-tokens.safetensors", seed=8)
+    expect(space, "of-other-tokens", 2, ["measured differently", "tokens"], settings=(reuse, f"calibration.tokens={tokens}"))
+    expect(space, "of-another-loss", 2, ["measured differently", "loss: this run has fisher, the statistics have nll"],
+           settings=(reuse, "sensitivity.loss=fisher"))
+    expect(space, "of-other-groups", 2, ["row_groups: this run has 2 by head, the statistics have 1"],
+           settings=(reuse, "sensitivity.row_groups=2", "sensitivity.grouping=head"))
+    expect(space, "no-statistics", 2, ["missing", "isobath measure"], settings=("sensitivity.reuse=nowhere",))
 
 
 def models(space):
@@ -143,6 +163,6 @@ def full_disk(space):
 with Workspace() as workspace:
     run_well(workspace.config("good"), stages=RANKS)
     shutil.rmtree(workspace.path / "good")
-    for group in (configurations, models, token_files, directories, full_disk):
+    for group in (configurations, other_statistics, models, token_files, directories, full_disk):
         group(workspace)
 assert not failures, "\n".join(failures)

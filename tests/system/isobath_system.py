@@ -137,6 +137,10 @@ def write_tokens(path, sequences=SEQUENCES, length=LENGTH, seed=2, tokens=None):
 # model, refined codes, shrunk weights.
 EVERYTHING_ON = ("quantization.reestimate={policy: every, blocks: 2}", "quantization.asymmetric={correction: qep}",
                  "quantization.refinement={sweeps: 2}", "sensitivity.shrinkage=auto")
+# Before some blocks D is measured again, before others the one in use is kept (same_bytes.py looks); by the divergence from
+# the original, whose last hidden states no generation holds; row groups of whole heads.
+DRIFTING = ("quantization.reestimate={policy: drift, blocks: 1, threshold: 0.9, probe_sequences: 3, loss: kl}",
+            "sensitivity.row_groups=2", "sensitivity.grouping=head")
 
 
 class Workspace:
@@ -260,6 +264,15 @@ def result_digests(output):
         assert needed in digests, f"{output} lacks {needed}"
     assert any(name.startswith("measure/") for name in digests), f"{output} lacks statistics"
     return digests
+
+
+def reestimations(output):
+    """What was decided about measuring D again, without the times."""
+    path = pathlib.Path(output) / "reestimations.json"
+    if not path.exists():
+        return []
+    return [{key: value for key, value in record.items() if not key.startswith("seconds")}
+            for record in json.loads(path.read_text())]
 
 
 def assert_same_bytes(expected, found, what):

@@ -1,12 +1,13 @@
 """Every layout of ranks writes the same bytes."""
 import shutil
 
-from isobath_system import EVERYTHING_ON, Workspace, assert_same_bytes, result_digests, run_well
+from isobath_system import DRIFTING, EVERYTHING_ON, Workspace, assert_same_bytes, reestimations, result_digests, run_well
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (4, 1)]
 VARIANTS = {
     "bfloat16": ("bfloat16", ()),
     "float32, everything on, widths scored": ("float32", EVERYTHING_ON + ("sensitivity.gram.bits=[2, 4]",)),
+    "float32, drift": ("float32", DRIFTING),
 }
 
 for variant, (dtype, settings) in VARIANTS.items():
@@ -16,9 +17,15 @@ for variant, (dtype, settings) in VARIANTS.items():
             name = f"run-{stages}x{replicas}"
             job = run_well(space.config(name), stages=stages, replicas=replicas, settings=settings)
             digests = result_digests(space.path / name)
+            decisions = reestimations(space.path / name)
             if expected is None:
-                expected = digests
+                expected, expected_decisions = digests, decisions
+                print(f"{variant}: {decisions}", flush=True)
+                if settings is DRIFTING:
+                    assert {record["refreshed"] for record in decisions} == {True, False}, decisions
+                    assert "D measured again before" in job.stdout, job.stdout
             else:
                 assert_same_bytes(expected, digests, f"{variant}, {stages} stages x {replicas} replicas")
+                assert decisions == expected_decisions, f"{decisions}, not {expected_decisions}"
             shutil.rmtree(space.path / name)
             print(f"{variant}: {stages} x {replicas}: {len(digests)} files equal, {job.seconds:.1f} s", flush=True)

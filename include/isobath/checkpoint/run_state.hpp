@@ -1,4 +1,5 @@
 #pragma once
+#include <boost/serialization/version.hpp>
 #include <cstdint>
 #include <map>
 #include <string>
@@ -15,12 +16,16 @@ struct RunState {
   uint64_t seed = 0;
   std::map<std::string, int> bits;          ///< module -> bits of what is done
   std::vector<std::string> module_records;  ///< one JSON object per quantized module, in order
+  /// One JSON object per decision to measure D again or not, in order; since version 1.
+  std::vector<std::string> reestimations;
 
   template <class Archive>
   void serialize(Archive& archive, unsigned version) {
-    static_cast<void>(version);
     archive& stage& next_block& sensitivity_from_block& seed& bits& module_records;
+    if (version >= 1) archive& reestimations;
   }
 };
 
 }  // namespace isobath::checkpoint
+
+BOOST_CLASS_VERSION(isobath::checkpoint::RunState, 1)

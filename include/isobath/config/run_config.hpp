@@ -26,6 +26,7 @@ struct Sensitivity {
   std::string per_sequence = "probes";  ///< how α of equation 5 is had: off | probes | exact
   int64_t probes = 8;
   int64_t row_groups = 1;
+  std::string grouping = "index";  ///< of row groups: index | head
   double clip_quantile = 0.999;
   double exponent = 1.0;
   double shrinkage = 0;  ///< 0 … 1; −1: auto
@@ -45,8 +46,11 @@ struct Asymmetric {
   [[nodiscard]] bool is_on() const { return correction != "none"; }
 };
 struct Reestimate {
-  std::string policy = "never";  ///< never | every
-  int64_t blocks = 5;
+  std::string policy = "never";  ///< never | every | drift
+  int64_t blocks = 5;            ///< between two measurements (every) or checks (drift)
+  std::string loss = "same";     ///< same (as sensitivity.loss) | nll | fisher | kl
+  double threshold = 0.95;       ///< drift: cosine of D below which it is measured again
+  int64_t probe_sequences = 8;   ///< drift: sequences that D is compared on
 };
 struct Refinement {
   int64_t sweeps = 0;  ///< 0: off

@@ -58,6 +58,8 @@ struct ModuleShape {
 [[nodiscard]] ModelConfig read_model_config(const std::filesystem::path& directory);
 
 [[nodiscard]] ModuleShape module_shape(const ModelConfig& config, Projection projection);
+/// Output rows that belong together: those of a head in q, k and v, 1 elsewhere.
+[[nodiscard]] int64_t rows_of_head(const ModelConfig& config, Projection projection);
 /// "model.layers.3.self_attn.q_proj".
 [[nodiscard]] std::string module_name(int64_t block, Projection projection);
 

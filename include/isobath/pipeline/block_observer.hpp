@@ -18,9 +18,15 @@ namespace isobath::pipeline {
 /// replica's microbatches, and reduces them over the replicas in an order fixed by the logical shards.
 class BlockObserver {
  public:
-  /// perturbed: the block's weights when the widths of sensitivity.gram.bits are to be scored, else null.
+  struct Options {
+    int64_t n_samples = 1;  ///< gradients of a microbatch: label draws of the loss
+    /// D and nothing else; `reduce` has nothing to reduce then.
+    bool only_token_weights = false;
+    /// The block's weights when the widths of sensitivity.gram.bits are to be scored, else null.
+    const model::BlockWeights* perturbed = nullptr;
+  };
   BlockObserver(const Session& session, const CalibrationSet& calibration, int64_t block,
-                const model::BlockWeights* perturbed);
+                const Options& options);
 
   /// What the backward passes that follow belong to.
   void begin(const data::Microbatch& microbatch, int64_t sample);
@@ -28,6 +34,11 @@ class BlockObserver {
   void observe(model::Projection projection, const at::Tensor& x, const at::Tensor& gradient);
   /// Closes the microbatch after its last sample; closes its logical shard when `is_last_of_shard`.
   void finish_microbatch(bool is_last_of_shard);
+
+  /// D of this rank's sequences so far: [n_local, T, row_groups] f32, CPU, zero where nothing was observed.
+  [[nodiscard]] const at::Tensor& token_weights(model::Projection projection) const {
+    return modules_[static_cast<size_t>(projection)].token_weights;
+  }
 
   /// Collective over the replicas of this stage: the whole calibration set's statistics on replica 0; empty
   /// tensors elsewhere.
@@ -51,6 +62,8 @@ class BlockObserver {
   const Session& session_;
   const CalibrationSet& calibration_;
   int64_t block_;
+  int64_t n_samples_;
+  bool only_token_weights_;
   Range local_sequences_;
   data::Microbatch microbatch_{};
   int64_t sample_ = 0;

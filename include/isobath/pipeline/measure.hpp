@@ -3,25 +3,31 @@
 #include <functional>
 #include <isobath/pipeline/session.hpp>
 #include <isobath/pipeline/statistics_files.hpp>
+#include <map>
+#include <optional>
 #include <string>
 
 namespace isobath::pipeline {
 
-/// Hidden states that enter `first_block`, [b, T, d_model] in compute dtype on the session's device; asked
-/// for on the ranks of the stage that holds that block, once a microbatch, in order.
+/// Hidden states of a microbatch, [b, T, d_model] in compute dtype on the session's device; asked for once a
+/// microbatch, in order.
 using HiddenSource = std::function<at::Tensor(const data::Microbatch&)>;
 
 /// A backward calibration pass over blocks [first_block, n_blocks).
 struct MeasurePass {
   std::string title = "measure";  ///< of the progress line
   int64_t first_block = 0;
-  HiddenSource source;              ///< empty: the embedded tokens (needs first_block == 0)
+  /// Enter first_block, on its stage; empty: the embedded tokens (first_block is 0).
+  HiddenSource source = {};
+  std::string loss = {};            ///< nll | fisher | kl; empty: sensitivity.loss
+  HiddenSource original = {};       ///< kl: the original model's last hidden states, on the last stage
   std::filesystem::path directory;  ///< receives one statistics file a block
   bool with_perturbations = false;  ///< also scores the widths of sensitivity.gram.bits
 };
 
 struct MeasureResult {
-  double nll_per_token = 0;  ///< of the data labels on the calibration set, nats
+  double nll_per_token = 0;            ///< of the data labels on the calibration set, nats
+  std::optional<double> kl_per_token;  ///< loss kl: of the original to the model as it is now, nats
   double wall_s = 0;
   int64_t n_tokens = 0;
 };
@@ -41,7 +47,19 @@ struct MeasureResult {
 MeasureResult measure(const Session& session, const CalibrationSet& calibration, const StageWeights& weights,
                       const MeasurePass& pass, report::EventLog& events);
 
+/// D of blocks [first_block, n_blocks) for the sequences of `probe` alone, by the same pass; nothing is
+/// written. `probe`: whole microbatches of the calibration set, ascending.
+///
+/// Returns  this stage's blocks -> seven tensors [n_probe_sequences, T, row_groups] f32 in the order of
+///          `probe`, on every replica; the same bits for any grid.
+/// Cost     the probe's share of `measure`, less the other statistics. Collective over the session's world.
+[[nodiscard]] std::map<int64_t, std::array<at::Tensor, model::kProjections>> measure_token_weights(
+    const Session& session, const CalibrationSet& calibration, const StageWeights& weights,
+    const MeasurePass& pass, const std::vector<data::Microbatch>& probe);
+
 /// Identity of the statistics a run needs: model, tokens, loss … (what `sensitivity.reuse` compares).
-[[nodiscard]] StatisticsHeader statistics_header(const Session& session, const CalibrationSet& calibration);
+/// loss: of the pass; empty: sensitivity.loss.
+[[nodiscard]] StatisticsHeader statistics_header(const Session& session, const CalibrationSet& calibration,
+                                                 const std::string& loss = {});
 
 }  // namespace isobath::pipeline

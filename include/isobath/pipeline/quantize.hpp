@@ -10,11 +10,20 @@
 
 namespace isobath::pipeline {
 
+/// A decision of `quantization.reestimate`.
+struct ReestimationRecord {
+  int64_t block = 0;
+  double cosine = 0;  ///< policy drift: of D in use with D of now, mean over the modules from `block` on
+  bool refreshed = false;
+  double wall_s = 0;
+};
+
 struct QuantizeResult {
   double bits_per_weight = 0;  ///< over the quantized linears, scales and zeros included
   int64_t n_modules = 0;
   std::map<int, int64_t> modules_of_width;  ///< bits -> linears
   int64_t n_fallbacks = 0;
+  std::vector<ReestimationRecord> reestimations;  ///< also those before a resume
   double wall_s = 0;
 };
 

@@ -70,6 +70,9 @@ struct StageWeights {
 /// numeric, io).
 [[nodiscard]] StageWeights load_stage(const Session& session, const model::CheckpointReader& checkpoint);
 
+/// Output rows of each row group of a linear, as sensitivity.row_groups and sensitivity.grouping say.
+[[nodiscard]] std::vector<Range> row_groups_of(const Session& session, model::Projection projection);
+
 /// What must be equal for a resume: every configuration key that the result depends on, the model, the
 /// tokens, the precision.
 [[nodiscard]] checkpoint::Fingerprint fingerprint_of(const Session& session,
