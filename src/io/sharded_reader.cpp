@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
+#include "posix_file.hpp"
 #include "safetensors_dtype.hpp"
 
 namespace isobath::io {
@@ -16,6 +17,8 @@ using nlohmann::json;
 
 constexpr int64_t kMaxIndexBytes = int64_t{64} << 20;
 constexpr int kMaxIndexDepth = 8;
+/// Of a shard, spread evenly over it, for the fingerprint.
+constexpr int64_t kSamples = 8, kSampleBytes = 4096;
 constexpr const char* kSingleFile = "model.safetensors";
 constexpr const char* kIndexFile = "model.safetensors.index.json";
 
@@ -158,8 +161,17 @@ std::vector<std::string> ShardedReader::names() const {
 
 std::string ShardedReader::fingerprint() const {
   Digest digest;
-  for (const auto& [name, reader] : state_->shards)
+  std::vector<std::byte> sample(kSampleBytes);
+  for (const auto& [name, reader] : state_->shards) {
     digest.update(fmt::format("{} {} {}\n", name, reader.file_bytes(), reader.header_digest()));
+    // A model and its fine-tune differ in nothing but the weights.
+    const PosixFile file = PosixFile::open_for_reading(reader.path());
+    const int64_t last = std::max<int64_t>(0, reader.file_bytes() - kSampleBytes);
+    for (int64_t i = 0; i < kSamples; ++i) {
+      const int64_t n_read = file.read_at(sample, last * i / (kSamples - 1));
+      digest.update(std::span<const std::byte>(sample).first(static_cast<size_t>(n_read)));
+    }
+  }
   return digest.hex();
 }
 

@@ -199,6 +199,12 @@ TEST_F(ShardedCheckpoint, FingerprintChangesWithAHeaderAndNotWithTheIndexText) {
   EXPECT_NE(ShardedReader(directory_.path()).fingerprint(), before);
 }
 
+TEST_F(ShardedCheckpoint, FingerprintChangesWithTheWeightsAlone) {
+  const std::string before = ShardedReader(directory_.path()).fingerprint();
+  write_safetensors(directory_ / "one.safetensors", {{"a", at::full({2}, 3.0F)}}, {});
+  EXPECT_NE(ShardedReader(directory_.path()).fingerprint(), before);
+}
+
 TEST_F(ShardedCheckpoint, ASingleFileNeedsNoIndex) {
   write_safetensors(directory_ / "model.safetensors", {{"x", at::zeros({1})}}, {});
   EXPECT_EQ(ShardedReader(directory_.path()).names(), std::vector<std::string>{"x"});

@@ -62,7 +62,8 @@ class ShardedReader {
   [[nodiscard]] at::Tensor read(const std::string& name) const;
   [[nodiscard]] at::Tensor read_rows(const std::string& name, int64_t begin, int64_t end) const;
   [[nodiscard]] std::vector<std::string> names() const;
-  /// Size and XXH3 of each shard's header bytes: cheap identity of the checkpoint for fingerprints.
+  /// Digest of each shard's size, header and eight samples of 4 KiB of its bytes: a cheap identity of the
+  /// checkpoint. Reads the samples each time. Throws IoError.
   [[nodiscard]] std::string fingerprint() const;
   /// File name of the shard that holds `name`, for messages.
   [[nodiscard]] std::string shard_of(const std::string& name) const;
