@@ -116,6 +116,37 @@ void add_commands(Builder& b) {
                    "evaluation.json.")
       ->type_name("FILE");
 
+  CLI::App* diagnose = b.command(
+      Command::diagnose, "diagnose",
+      "Measures what quantizing each linear and each block alone does to the model, beside what the "
+      "sensitivities predict, and names the linears at risk. Every rank holds both models.",
+      "mpirun -n 4 isobath diagnose configs/quickstart.yaml --modules 40");
+  b.config(diagnose)->required();
+  b.trace(diagnose);
+  diagnose
+      ->add_option("--checkpoint", a.checkpoints, "Quantized checkpoint; without it, the run directory's.")
+      ->type_name("DIR")
+      ->expected(1);
+  diagnose->add_option("--tokens", a.tokens, "Token file to probe with; without it, calibration.tokens.")
+      ->type_name("FILE");
+  diagnose->add_option("--sequences", a.sequences, "Sequences of calibration.length to probe with.")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 1'000'000));
+  diagnose->add_option("--samples", a.samples, "Labels drawn a token for the prediction.")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 1'000));
+  auto* modules = diagnose->add_option("--modules", a.modules,
+                                       "Linears to measure, spread over the model; without it, all of them.");
+  modules->check(CLI::Range(1, 1'000'000));
+  diagnose->add_flag("--blocks", a.only_blocks, "Measures whole blocks only.")->excludes(modules);
+  diagnose->add_option("--top", a.top, "Number of linears in the table.")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 1'000'000'000));
+  diagnose
+      ->add_option("--json", a.json_output,
+                   "File for all numbers; without it, diagnose.json in the run directory.")
+      ->type_name("FILE");
+
   CLI::App* inspect =
       b.command(Command::inspect, "inspect",
                 "Lists modules by sensitivity, from a statistics file, a measure/ directory or a run "
@@ -126,6 +157,19 @@ void add_commands(Builder& b) {
       ->capture_default_str()
       ->check(CLI::Range(1, 1'000'000'000));
   inspect->add_flag("--json", a.as_json, "Prints all modules as JSON instead of the table.");
+
+  CLI::App* compare = b.command(
+      Command::compare, "compare",
+      "Compares the statistics of two runs linear by linear: other tokens, another loss, or behind a "
+      "quantized prefix (measure/before-block-N). Needs no mpirun.",
+      "isobath compare runs/a/measure runs/b/measure");
+  compare->add_option("FIRST", a.statistics, "Statistics file or directory.")->required();
+  compare->add_option("SECOND", a.other_statistics, "Statistics file or directory of the same model.")
+      ->required();
+  compare->add_option("--top", a.top, "Number of modules in the table.")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 1'000'000'000));
+  compare->add_flag("--json", a.as_json, "Prints all modules as JSON instead of the table.");
 
   CLI::App* check =
       b.command(Command::check, "check",

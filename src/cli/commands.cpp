@@ -1,6 +1,7 @@
 #include <isobath/cli/commands.hpp>
 
 #include <torch/headeronly/version.h>
+#include <isobath/cli/compare.hpp>
 #include <isobath/cli/inspect.hpp>
 #include <isobath/cli/plan.hpp>
 #include <isobath/comm/device_communicator.hpp>
@@ -12,6 +13,7 @@
 #include <isobath/io/files.hpp>
 #include <isobath/pipeline/allocate.hpp>
 #include <isobath/pipeline/calibrate.hpp>
+#include <isobath/pipeline/diagnose.hpp>
 #include <isobath/pipeline/run.hpp>
 #include <isobath/report/table.hpp>
 #include <isobath/report/timeline.hpp>
@@ -123,6 +125,15 @@ void inspect(const Arguments& arguments, const comm::Communicator& world) {
   });
 }
 
+void compare(const Arguments& arguments, const comm::Communicator& world) {
+  world.agree_on([&] {
+    if (world.rank() != 0) return;
+    log::print(arguments.as_json
+                   ? compare_json(arguments.statistics, arguments.other_statistics)
+                   : compare_table(arguments.statistics, arguments.other_statistics, arguments.top));
+  });
+}
+
 void version() {
   log::print(fmt::format("isobath {} ({})\nLibTorch {}\nMPI {}\ndevice communicator: {}\n", kVersion,
                          kRevision, TORCH_VERSION, ISOBATH_MPI_LIBRARY, comm::device_backend_name()));
@@ -147,6 +158,20 @@ void dispatch(const Arguments& arguments, const comm::Communicator& world) {
       return pipeline::run(load_config(arguments, world), {Stage::quantize}, arguments.resume, world);
     case Command::evaluate:
       return evaluate(arguments, world);
+    case Command::diagnose:
+      return pipeline::diagnose(
+          load_config(arguments, world),
+          {.checkpoint = arguments.checkpoints.empty() ? std::string() : arguments.checkpoints[0],
+           .tokens = arguments.tokens,
+           .sequences = arguments.sequences,
+           .samples = arguments.samples,
+           .modules = arguments.modules,
+           .only_blocks = arguments.only_blocks,
+           .rows = arguments.top,
+           .output = arguments.json_output},
+          world);
+    case Command::compare:
+      return compare(arguments, world);
     case Command::plan:
       return plan(arguments, world);
     case Command::inspect:

@@ -31,7 +31,8 @@ at::Tensor through_stage(const Session& session, const model::Rotary& rotary, co
   return hidden;
 }
 
-// The blocks of this stage of another version of the model.
+}  // namespace
+
 StageWeights load_version(const Session& session, const std::filesystem::path& quantized) {
   std::unique_ptr<model::CheckpointReader> reader;
   session.world().agree_on([&] {
@@ -48,8 +49,6 @@ StageWeights load_version(const Session& session, const std::filesystem::path& q
   });
   return load_stage(session, *reader);
 }
-
-}  // namespace
 
 std::vector<evaluate::Summary> evaluate_model(const Session& session, const StageWeights& weights,
                                               const std::vector<std::filesystem::path>& quantized,

@@ -86,9 +86,36 @@ TEST(Arguments, AllocateTakesOneBudgetAndAMethod) {
   EXPECT_EQ(usage_of({"allocate", "c", "--budget", "3", "--method", "guess"}).substr(0, 2), "2 ");
 }
 
+TEST(Arguments, DiagnoseMeasuresSomeLinearsOrBlocks) {
+  const auto a =
+      std::get<Arguments>(parsed({"diagnose", "c", "--modules", "12", "--sequences", "3", "--samples", "2",
+                                  "--tokens", "t", "--checkpoint", "d", "--json", "f"}));
+  EXPECT_EQ(a.command, Command::diagnose);
+  EXPECT_EQ(a.modules, 12);
+  EXPECT_EQ(a.sequences, 3);
+  EXPECT_EQ(a.samples, 2);
+  EXPECT_EQ(a.tokens, "t");
+  EXPECT_EQ(a.checkpoints, std::vector<std::string>{"d"});
+  EXPECT_EQ(a.json_output, "f");
+  EXPECT_TRUE(std::get<Arguments>(parsed({"diagnose", "c", "--blocks"})).only_blocks);
+
+  EXPECT_EQ(usage_of({"diagnose", "c", "--blocks", "--modules", "3"}).substr(0, 2), "2 ");
+  EXPECT_EQ(usage_of({"diagnose", "c", "--sequences", "0"}).substr(0, 2), "2 ");
+}
+
+TEST(Arguments, CompareTakesTwoPaths) {
+  const auto a = std::get<Arguments>(parsed({"compare", "a", "b", "--top", "3"}));
+  EXPECT_EQ(a.command, Command::compare);
+  EXPECT_EQ(a.statistics, "a");
+  EXPECT_EQ(a.other_statistics, "b");
+  EXPECT_EQ(a.top, 3);
+
+  EXPECT_EQ(usage_of({"compare", "a"}).substr(0, 2), "2 ");
+}
+
 TEST(Arguments, HelpIsNoError) {
-  for (const char* command :
-       {"run", "measure", "allocate", "quantize", "evaluate", "plan", "inspect", "check", "version"}) {
+  for (const char* command : {"run", "measure", "allocate", "quantize", "evaluate", "diagnose", "plan",
+                              "inspect", "compare", "check", "version"}) {
     const std::string help = usage_of({command, "--help"});
     EXPECT_EQ(help.substr(0, 2), "0 ") << command;
     EXPECT_NE(help.find("Example: "), std::string::npos) << help;

@@ -6,6 +6,10 @@
 
 namespace isobath::pipeline {
 
+/// This rank's stage weights of another version of the session's model, plain or quantized
+/// (compressed-tensors). Collective over the session's world. Throws AgreedFailure: data.
+[[nodiscard]] StageWeights load_version(const Session& session, const std::filesystem::path& checkpoint);
+
 /// Perplexity of the original model, and of each checkpoint of `quantized` with KL and top-1 agreement, in
 /// one streaming pass: windows flow through the stages with the hidden states of all models, the last stage
 /// compares, no logits are stored. One summary a checkpoint, or the original's alone when there is none.
