@@ -109,7 +109,7 @@ checkpoint: {every_blocks: 12, keep: 13}
 TEST(ConfigParse, DivergenceAsLossOfMeasureSaysWhatToTake) {
   const std::string problem = problem_of(kMinimal + "sensitivity: {loss: kl}\n");
 
-  EXPECT_NE(problem.find("found kl"), std::string::npos) << problem;
+  EXPECT_NE(problem.find("found \"kl\""), std::string::npos) << problem;
   EXPECT_NE(problem.find("quantization.reestimate.loss kl"), std::string::npos) << problem;
 }
 
@@ -213,7 +213,8 @@ INSTANTIATE_TEST_SUITE_P(
                  "expected one of none | qep | gptaq, found \"yes\""},
         BadValue{"sensitivity.clip_quantile", "0", "expected number above 0 and at most 1, found 0"},
         BadValue{"sensitivity.exponent", "4.5", "expected number at least 0 and at most 4, found 4.5"},
-        BadValue{"sensitivity.loss", "kl", "expected one of nll | fisher, found \"kl\""},
+        BadValue{"sensitivity.per_sequence", "probe",
+                 "expected one of off | probes | exact, found \"probe\""},
         BadValue{"residency", "streamed",
                  "expected resident (the only residency of this version), found \"streamed\""},
         BadValue{"format", "gptq",
