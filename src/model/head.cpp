@@ -98,7 +98,7 @@ at::Tensor divergence_gradient(const at::Tensor& probabilities, const at::Tensor
                                const Chunk& chunk, const at::Tensor& lm_head) {
   at::Tensor difference = probabilities - original;
   difference.narrow(0, chunk.n_predicted, chunk.n_tokens - chunk.n_predicted).zero_();
-  return at::mm(difference.to(lm_head.scalar_type()), lm_head);
+  return kernels::linear_backward(difference.to(lm_head.scalar_type()), lm_head);
 }
 
 }  // namespace

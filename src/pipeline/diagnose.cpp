@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <cmath>
 #include <isobath/comm/watchdog.hpp>
 #include <isobath/core/log.hpp>
 #include <isobath/core/stop_signal.hpp>
@@ -17,6 +18,7 @@
 #include <isobath/sensitivity/perturbation.hpp>
 #include <isobath/sensitivity/token_weights.hpp>
 #include <nlohmann/json.hpp>
+#include <numeric>
 
 #include "diagnosis.hpp"
 
@@ -41,6 +43,19 @@ config::RunConfig probe_config(const config::RunConfig& config, const DiagnoseRe
   probe.calibration.logical_shards = request.sequences;
   probe.calibration.microbatch = 1;
   return probe;
+}
+
+// `n_chosen` of `n` places, ascending, spread over them without a period: equal steps would meet one kind of
+// linear only wherever they are a multiple of seven.
+std::vector<int64_t> spread_places(int64_t n, int64_t n_chosen) {
+  constexpr double kGoldenRatio = 0.6180339887498949;
+  std::vector<int64_t> places(static_cast<size_t>(n));
+  std::iota(places.begin(), places.end(), 0);
+  const auto key = [](int64_t place) { return std::fmod(static_cast<double>(place) * kGoldenRatio, 1.0); };
+  std::stable_sort(places.begin(), places.end(), [&](int64_t a, int64_t b) { return key(a) < key(b); });
+  places.resize(static_cast<size_t>(n_chosen));
+  std::sort(places.begin(), places.end());
+  return places;
 }
 
 class Diagnosing {
@@ -101,9 +116,9 @@ class Diagnosing {
     const int64_t n_measured = request.only_blocks    ? 0
                                : request.modules == 0 ? n_modules
                                                       : std::min(request.modules, n_modules);
-    for (int64_t i = 0; i < n_measured; ++i) {
-      found_.module_of.push_back(i * n_modules / n_measured);
-      found_.measured.push_back(found_.modules[static_cast<size_t>(found_.module_of.back())]);
+    for (const int64_t place : spread_places(n_modules, n_measured)) {
+      found_.module_of.push_back(place);
+      found_.measured.push_back(found_.modules[static_cast<size_t>(place)]);
     }
     for (DiagnosedPart& block : blocks) {
       found_.module_of.push_back(-1);

@@ -142,7 +142,7 @@ ordered_json agreement(const std::vector<const Line*>& lines) {
 std::vector<std::string> reasons_of(const Line& line, double total) {
   std::vector<std::string> reasons;
   if (total > 0)
-    reasons.push_back(fmt::format("{:.1f} % of the predicted divergence", 100 * line.second_order / total));
+    reasons.push_back(fmt::format("{:.1f} % of the solver's objective", 100 * line.objective / total));
   if (const auto ratio = line.curvature_ratio();
       ratio && (*ratio > kMostCurvatureRatio || *ratio < kLeastCurvatureRatio))
     reasons.push_back(fmt::format("outside the quadratic zone (curvature ratio {:.2f})", *ratio));
@@ -155,8 +155,8 @@ std::vector<std::string> reasons_of(const Line& line, double total) {
   if (std::abs(line.off_diagonal) > kMostCoupling)
     reasons.push_back(
         fmt::format("errors of other linears add to it (off-diagonal share {:.2f})", line.off_diagonal));
-  if (line.kl && *line.kl > kMostUnderestimation * line.second_order)
-    reasons.push_back(fmt::format("measured {:.1f} times the prediction", *line.kl / line.second_order));
+  if (line.kl && *line.kl > kMostUnderestimation * line.objective)
+    reasons.push_back(fmt::format("measured {:.1f} times the prediction", *line.kl / line.objective));
   return reasons;
 }
 
@@ -239,12 +239,13 @@ DiagnosisReport report_of(const Diagnosis& diagnosis, const DiagnoseRequest& req
   text += fmt::format("all linears together: ½E[s²] {:.3e}, off-diagonal share {:.2f}\n",
                       derived.all_second_order_, derived.off_diagonal_);
 
-  // Named by the prediction alone, so that the precision above tells what the names are worth.
+  // Named by the prediction alone, so that the precision above tells what the names are worth; by that of D,
+  // a mean over tokens, as E[s²] of a few draws is noise of its own size.
   std::vector<double> predicted;
   double total = 0;
   for (const Line& line : derived.modules_) {
-    predicted.push_back(line.second_order);
-    total += line.second_order;
+    predicted.push_back(line.objective);
+    total += line.objective;
   }
   json["at_risk"] = ordered_json::array();
   text += "at risk:\n";
