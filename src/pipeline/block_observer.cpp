@@ -101,7 +101,7 @@ void BlockObserver::finish_microbatch(bool is_last_of_shard) {
     module.sums[0].add(microbatch_.shard, module.shard->sums());
     module.maxima[0].add(microbatch_.shard, module.shard->maxima());
     for (size_t k = 0; k < module.shard_covariances.size(); ++k)
-      module.covariances[k].add(microbatch_.shard, module.shard_covariances[k].value().cpu());
+      module.covariances[k].add(microbatch_.shard, module.shard_covariances[k].take().cpu());
     module.shard.reset();
   }
 }

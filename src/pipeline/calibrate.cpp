@@ -117,15 +117,15 @@ class Calibration {
     const at::Tensor square = at::randn({kChannels, kChannels}, at::kDouble);
     const double cube = static_cast<double>(kChannels) * kChannels * kChannels;
     cluster_.host.f64_gemm_tflops = 2 * cube / seconds_of([&] { (void)at::mm(square, square); }) / 1e12;
-    // The two LAPACK and BLAS calls of quant::factorize; its passes over memory are counted on their own.
-    const at::Tensor identity = at::eye(kChannels, at::kDouble);
-    const at::Tensor positive = at::mm(square, square.t()) + static_cast<double>(kChannels) * identity;
-    cluster_.host.f64_factor_tflops = plan::factorize(kChannels).f64_factor_flops / seconds_of([&] {
-                                        const at::Tensor lower =
-                                            std::get<0>(at::linalg_cholesky_ex(positive));
-                                        (void)at::linalg_solve_triangular(lower, identity, /*upper=*/false);
-                                      }) /
-                                      1e12;
+    // A triangular solve of quant::factorize_panel; its products and its passes over memory are counted on
+    // their own.
+    const at::Tensor root = square.slice(0, 0, 128).slice(1, 0, 128).triu() + 64 * at::eye(128, at::kDouble);
+    const at::Tensor above = at::randn({kWide, 128}, at::kDouble);
+    cluster_.host.f64_factor_tflops =
+        128.0 * 128 * kWide / seconds_of([&] {
+          (void)at::linalg_solve_triangular(root.t(), above, /*upper=*/false, /*left=*/false);
+        }) /
+        1e12;
     const at::Tensor upper = at::randn({128, 4096}), errors = at::randn({128, 64});
     at::Tensor tile = at::zeros({4096, 64});
     cluster_.host.f32_thin_tflops =

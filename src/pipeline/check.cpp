@@ -7,6 +7,7 @@
 #include <isobath/model/checkpoint_reader.hpp>
 #include <isobath/pipeline/run.hpp>
 #include <isobath/pipeline/validate.hpp>
+#include <isobath/plan/plan.hpp>
 #include <isobath/quant/grid.hpp>
 #include <set>
 
@@ -28,6 +29,7 @@ void require_quantizable(const config::RunConfig& config, const model::ModelConf
     }
     if (!problems.empty()) break;  // every block has the same shapes: one block's list is enough
   }
+  problems += plan::too_wide_to_hold(config, model);
   if (config.sensitivity.row_groups > 1) {
     for (int p = 0; p < model::kProjections; ++p) {
       const auto projection = static_cast<model::Projection>(p);

@@ -4,6 +4,7 @@
 
 #include <isobath/comm/tree_sum.hpp>
 #include <isobath/core/trace.hpp>
+#include <isobath/plan/job.hpp>
 #include <isobath/sensitivity/covariance.hpp>
 #include <isobath/sensitivity/cross_covariance.hpp>
 #include <isobath/sensitivity/token_weights.hpp>
@@ -68,8 +69,15 @@ std::vector<SolverUnit> make_units(const Session& session, const std::vector<Sol
   }
   // From set to set and block to block another rank comes first.
   const int64_t first = block + static_cast<int64_t>(tasks.front().projection);
-  for (size_t u = 0; u < units.size(); ++u)
+  const int64_t n_channels = weights[tasks.front().projection].weight.size(1);
+  for (size_t u = 0; u < units.size(); ++u) {
     units[u].root = static_cast<int>((first + static_cast<int64_t>(u)) % session.world().size());
+    units[u].layout = {
+        .columns = quant::column_panels(n_channels, quant::kPanel),
+        .first_owner = units[u].root,
+        .n_ranks = session.world().size(),
+        .is_spread = n_channels > quant::kWholeColumns && !plan::needs_whole(session.config.quantization)};
+  }
   return units;
 }
 
@@ -115,8 +123,9 @@ void shrink_weights(const Session& session, const CalibrationSet& calibration, s
   }
 }
 
-void accumulate(const Session& session, const CalibrationSet& calibration, std::vector<SolverUnit>& units,
-                int64_t n_channels, const ForEachInput& for_each_input) {
+void accumulate(const Session& session, const CalibrationSet& calibration,
+                const std::vector<SolverUnit*>& units, int64_t n_channels,
+                const ForEachInput& for_each_input) {
   const comm::Communicator& world = session.world();
   const std::vector<int> owners = calibration.shards.owners(world.size());
   struct Sums {
@@ -135,7 +144,7 @@ void accumulate(const Session& session, const CalibrationSet& calibration, std::
       [&](const data::Microbatch& microbatch, const at::Tensor& x, const at::Tensor& original) {
         const at::Tensor rows = x.flatten(0, 1);
         for (size_t u = 0; u < units.size(); ++u) {
-          at::Tensor weights = weights_of(units[u], calibration, microbatch);
+          at::Tensor weights = weights_of(*units[u], calibration, microbatch);
           if (weights.defined()) weights = weights.to(session.device);
           sums[u].h.add(rows, weights);
           if (!with_cross) continue;
@@ -145,7 +154,7 @@ void accumulate(const Session& session, const CalibrationSet& calibration, std::
       },
       [&](int64_t shard) {
         for (Sums& sum : sums) {
-          sum.h_tree.add(shard, sum.h.value().cpu());
+          sum.h_tree.add(shard, sum.h.take().cpu());
           sum.h = sensitivity::Covariance(n_channels, session.device);
           if (with_cross) sum.c_tree.add(shard, sum.c->value().cpu());
           sum.c.reset();
@@ -153,12 +162,36 @@ void accumulate(const Session& session, const CalibrationSet& calibration, std::
       });
   span.emplace("reduction of H");
   for (size_t u = 0; u < units.size(); ++u) {
-    at::Tensor h = sums[u].h_tree.reduce_to(units[u].root, world);
-    at::Tensor c = with_cross ? sums[u].c_tree.reduce_to(units[u].root, world) : at::Tensor();
-    if (world.rank() != units[u].root) continue;
-    units[u].h = std::move(h);
-    units[u].c = std::move(c);
+    at::Tensor h = sums[u].h_tree.reduce_to(units[u]->root, world);
+    at::Tensor c = with_cross ? sums[u].c_tree.reduce_to(units[u]->root, world) : at::Tensor();
+    if (world.rank() != units[u]->root) continue;
+    units[u]->h = std::move(h);
+    units[u]->c = std::move(c);
   }
+}
+
+void factorize_spread(const Session& session, const CalibrationSet& calibration, SolverUnit& unit,
+                      const quant::FactorSpec& spec, const ForEachInput& for_each_input) {
+  const comm::Communicator& world = session.world();
+  const ForEachRows for_each_rows = [&](const VisitRows& visit,
+                                        const std::function<void(int64_t)>& close_shard) {
+    for_each_shard(
+        for_each_input,
+        [&](const data::Microbatch& microbatch, const at::Tensor& x, const at::Tensor&) {
+          at::Tensor weights = weights_of(unit, calibration, microbatch);
+          if (weights.defined()) weights = weights.to(session.device);
+          visit(x.flatten(0, 1), weights);
+        },
+        close_shard);
+  };
+  bool is_first = true;
+  do {
+    std::vector<at::Tensor> panels = sum_panels(unit.layout, calibration.shards.owners(world.size()), world,
+                                                session.device, for_each_rows);
+    if (is_first) unit.factor = quant::factor_of_diagonal(share_diagonal(panels, unit.layout, world), spec);
+    is_first = false;
+    if (factorize_panels(std::move(panels), unit.layout, unit.factor, world)) return;
+  } while (quant::raise_damping(unit.factor, spec));
 }
 
 }  // namespace isobath::pipeline

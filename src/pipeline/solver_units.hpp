@@ -1,5 +1,6 @@
 #pragma once
 #include <isobath/pipeline/block_solver.hpp>
+#include <isobath/pipeline/panel_factor.hpp>
 #include <vector>
 
 namespace isobath::pipeline {
@@ -15,11 +16,11 @@ struct SolverUnit {
   at::Tensor token_weights;  // [n, T] f32 robust and normalised to mean 1, then shrunk; undefined: D = 1
   double n_effective = 0;    // of the weights before they were shrunk
   double shrinkage = 0;      // ρ
-  int root = 0;              // rank where the sums of H and C end, which factorizes
-  at::Tensor h;              // [d, d] f32, replicated with the factor
+  int root = 0;              // where H and C end that are not spread; owner of the first panel
+  PanelLayout layout;        // of the factor
+  at::Tensor h;              // [d, d] f32 on the root unless spread; replicated where `plan::needs_whole`
   at::Tensor c;              // [d, d] f32, as h; only with an asymmetric correction
-  quant::Factor factor;      // replicated
-  at::Tensor damped_h;       // [d, d] f32, replicated; only when codes are refined
+  quant::Factor factor;      // replicated, but for the panels
   at::Tensor correction;     // [d, d] f32, replicated; only with an asymmetric correction
   bool is_weighted = false;
   int64_t n_fallbacks = 0;
@@ -34,9 +35,15 @@ struct SolverUnit {
 void shrink_weights(const Session& session, const CalibrationSet& calibration, std::vector<SolverUnit>& units,
                     int64_t n_channels, const ForEachInput& for_each_input);
 
-/// H, and C with an asymmetric correction, of all units in one pass over the inputs, summed over the ranks
-/// along the fixed tree. Collective over the session's world.
-void accumulate(const Session& session, const CalibrationSet& calibration, std::vector<SolverUnit>& units,
-                int64_t n_channels, const ForEachInput& for_each_input);
+/// H, and C with an asymmetric correction, of units that are not spread, in one pass over the inputs, summed
+/// over the ranks along the fixed tree and left on each unit's root. Collective over the session's world.
+void accumulate(const Session& session, const CalibrationSet& calibration,
+                const std::vector<SolverUnit*>& units, int64_t n_channels,
+                const ForEachInput& for_each_input);
+
+/// Sums and factorizes H of a spread unit, summing it again for each step of the damping ladder: H is not
+/// kept beside its factor. Collective over the session's world.
+void factorize_spread(const Session& session, const CalibrationSet& calibration, SolverUnit& unit,
+                      const quant::FactorSpec& spec, const ForEachInput& for_each_input);
 
 }  // namespace isobath::pipeline

@@ -71,10 +71,11 @@ const std::vector<Field>& fields() {
       number(
           "host.threads", "threads", "of one rank", always, [](auto& c) -> auto& { return c.host.threads; }),
       number(
-          "host.f64_factor_tflops", "TFLOP/s", "f64 Cholesky and triangular solve of one rank", always,
+          "host.f64_factor_tflops", "TFLOP/s", "f64 triangular solve with 128 columns of one rank", always,
           [](auto& c) -> auto& { return c.host.f64_factor_tflops; }),
       number(
-          "host.f64_gemm_tflops", "TFLOP/s", "f64 matrix product of one rank (asymmetric correction)", always,
+          "host.f64_gemm_tflops", "TFLOP/s",
+          "f64 matrix product of one rank (factorization, asymmetric correction)", always,
           [](auto& c) -> auto& { return c.host.f64_gemm_tflops; }),
       number(
           "host.f32_thin_tflops", "TFLOP/s", "f32 product with 64 columns of one rank", always,

@@ -3,7 +3,7 @@
 #include <c10/core/ScalarType.h>
 #include <isobath/core/error.hpp>
 #include <isobath/model/balance.hpp>
-#include <isobath/quant/grid.hpp>
+#include <isobath/quant/row_solver.hpp>
 
 namespace isobath::plan {
 
@@ -73,6 +73,15 @@ int64_t Job::kept_blocks(int stage) const {
                   model::count_kept_blocks(model, config.calibration.microbatch * config.calibration.length,
                                            static_cast<int64_t>(shapes.element_bytes), layout.stages - stage,
                                            config.ranks.activation_gib));
+}
+
+bool Job::is_spread(double d) const {
+  return d > static_cast<double>(quant::kWholeColumns) && !needs_whole();
+}
+
+double Job::largest_row_share(double n_rows) const {
+  const auto height = static_cast<double>(quant::tile_rows(static_cast<int64_t>(n_rows)));
+  return std::min(n_rows, height * std::ceil(std::ceil(n_rows / height) / layout.n_ranks()));
 }
 
 double Job::hidden_bytes() const {

@@ -14,9 +14,8 @@ constexpr double kProcessBytes = 0.25 * kGiB, kDeviceContextBytes = 0.6 * kGiB;
 // Rows of logits that exist at once (model/head.cpp, evaluate/token_metrics.cpp).
 constexpr double kLossChunk = 256, kCompareChunk = 128;
 
-// quant::factorize at its peak, f64 matrices: ordered, Cholesky factor, identity, solution, its flipped copy,
-// and the f32 result. The corrections hold as much: five f64 matrices and the result.
-constexpr double kFactorBytes = 5 * 8 + 4;
+// A correction at its peak: five f64 matrices and the result.
+constexpr double kCorrectionBytes = 5 * 8 + 4;
 
 double weight_bytes(const Job& job, int stage) {
   const Layout& layout = job.layout;
@@ -63,6 +62,13 @@ double largest_module(const Job& job) {
   return largest;
 }
 
+// A module's values made from its codes: in the storage dtype, and in the compute dtype when that is another.
+double dequantize_bytes(const Job& job) {
+  constexpr double kStorageBytes = 2;
+  const double e = job.shapes.element_bytes;
+  return (kStorageBytes + (e == kStorageBytes ? 0 : e)) * largest_module(job);
+}
+
 /// Partial sums of a tree over n local shards: at most one a level.
 double tree_levels(int64_t n_shards) {
   return 1 + std::floor(std::log2(static_cast<double>(n_shards)));
@@ -84,29 +90,77 @@ RankMemory::Item covariance_of_measure(const Job& job, double n_blocks) {
   return item;
 }
 
-/// H of one input set after another. On every rank first their sums, then all matrices that solving takes; in
-/// between, on the ranks that factorize, what that takes.
+/// What solving an input set holds on a rank, by phase; `root` beyond it on a rank that factorizes.
+struct SolverMemory {
+  double device_sums = 0;  ///< while H is summed
+  double host_sums = 0;    ///< partial sums, and panels of H that are complete
+  double factorizing = 0;
+  double solving = 0;
+};
+
+/// Rows in work on one rank: errors and codes of those of its tiles that one factor serves.
+double row_bytes(const Job& job, int set, double d) {
+  double bytes = 0;
+  for (const model::Projection p : model::input_set(set)) {
+    const double groups = job.is_weighted() ? static_cast<double>(job.config.sensitivity.row_groups) : 1;
+    const double rows = std::ceil(static_cast<double>(model::module_shape(job.model, p).rows) / groups);
+    const double mine = 5 * job.largest_row_share(rows) * d;
+    bytes = job.is_weighted() ? std::max(bytes, mine) : bytes + mine;
+  }
+  return bytes;
+}
+
+SolverMemory whole_memory(const Job& job, int set, double d) {
+  const double matrix = 4 * d * d, triangle = panel_entries(d), sums = job.is_asymmetric() ? 2 : 1;
+  const auto units = static_cast<double>(job.units_of(set)),
+             mine = static_cast<double>(job.units_of_root(set));
+  SolverMemory memory;
+  memory.device_sums = sums * units * matrix;
+  // One partial sum arrives.
+  memory.host_sums = (sums * units * tree_levels(job.layout.shards_per_rank) + 1) * matrix;
+  // H and C of its own units, the factors of those it has done, and one in f64; or a correction in work.
+  const double done = 4 * triangle + (job.is_asymmetric() ? matrix : 0);
+  memory.factorizing = mine * sums * matrix + (mine - 1) * done +
+                       (job.is_asymmetric() ? 4 * triangle + kCorrectionBytes * d * d : 8 * triangle);
+  // Own factors, of every unit what all ranks hold, and one damped H.
+  const double shared =
+      units * ((job.needs_whole() ? 1 : 0) + (job.is_asymmetric() ? 2 : 0)) + (job.refines() ? 1 : 0);
+  memory.solving = mine * 4 * triangle + shared * matrix + 4 * std::min(d, panel_columns()) * d;
+  return memory;
+}
+
+/// Of one unit at a time, in panels that all ranks share.
+SolverMemory spread_memory(const Job& job, double d) {
+  const double ranks = static_cast<double>(job.layout.n_ranks()), width = panel_columns();
+  const double panel = width * d, own = panel_entries(d) / ranks;
+  SolverMemory memory;
+  // The first pass sums the widest panels, when none is complete; the last one when all are.
+  constexpr double kPanelsPerPass = 6;  // pipeline/panel_factor.hpp
+  memory.device_sums = 4 * kPanelsPerPass * panel;
+  memory.host_sums = std::max(4 * (kPanelsPerPass * tree_levels(job.layout.shards_per_rank) + 1) * panel,
+                              4 * own - memory.device_sums);
+  // A panel on its way, its columns divided, and the result in f32.
+  memory.factorizing = 8 * own + (8 + 8 + 4) * panel;
+  memory.solving = 4 * own + 4 * panel;
+  return memory;
+}
+
+/// H of one input set after another, and the rows of its modules.
 void add_solver(const Job& job, RankMemory& memory) {
   const bool has_devices = job.cluster.has_devices();
-  const double sums = job.is_asymmetric() ? 2 : 1;  // H, C
-  // H and factor, damped H, C and correction.
-  const double solving = 2 + (job.refines() ? 1 : 0) + (job.is_asymmetric() ? 2 : 0);
-  RankMemory::Item h{"H and factors"};
-  double host = 0;
+  RankMemory::Item h{"H, factors and rows"};
+  double host = dequantize_bytes(job);
   std::array<double, model::kInputSets> factorizing{};
   for (int set = 0; set < model::kInputSets; ++set) {
-    const auto shape = model::module_shape(job.model, model::input_set(set).front());
-    const auto d = static_cast<double>(shape.columns);
-    const double matrix = 4 * d * d;
-    const auto units = static_cast<double>(job.units_of(set)),
-               mine = static_cast<double>(job.units_of_root(set));
-    // Covariance::value makes two triangles and their sum beside the sums; one partial sum arrives.
-    const double device = (sums * units + 3) * matrix;
-    const double partial = (sums * units * tree_levels(job.layout.shards_per_rank) + 1) * matrix;
-    h.device_bytes = std::max(h.device_bytes, device);
-    host = std::max({host, (has_devices ? 0 : device) + partial, units * solving * matrix});
-    // The matrices of its own units, the last one's factor or correction as part of what making it takes.
-    factorizing[static_cast<size_t>(set)] = (2 * sums * mine - 1) * matrix + kFactorBytes * d * d;
+    const auto d = static_cast<double>(model::module_shape(job.model, model::input_set(set).front()).columns);
+    const SolverMemory phases = job.is_spread(d) ? spread_memory(job, d) : whole_memory(job, set, d);
+    h.device_bytes = std::max(h.device_bytes, phases.device_sums);
+    host = std::max({host, (has_devices ? 0 : phases.device_sums) + phases.host_sums,
+                     phases.solving + row_bytes(job, set, d)});
+    if (job.is_spread(d))
+      host = std::max(host, phases.factorizing);  // all ranks do
+    else
+      factorizing[static_cast<size_t>(set)] = phases.factorizing;
   }
   // Without devices the same memory holds all of it.
   h.host_bytes = host - (has_devices ? 0 : h.device_bytes);
@@ -176,13 +230,12 @@ RankMemory quantize_memory(const Job& job, int stage) {
   RankMemory memory;
   memory.items.push_back(process(job));
   memory.items.push_back({"weights", weight_bytes(job, stage)});
-  // Values on the device, with a correction the original ones too; codes of the block, and of the module in
-  // work its part and f32 values, on the host.
-  memory.items.push_back({"block in work", static_cast<double>(job.streams()) * s.block_weight_bytes(),
-                          s.block_linears + 11 * largest_module(job)});
+  // Values on the device, with a correction the original ones too; codes of the block on the host.
+  memory.items.push_back(
+      {"block in work", static_cast<double>(job.streams()) * s.block_weight_bytes(), s.block_linears});
   if (!job.uses_covariance()) {
-    // quant::objective: five f32 matrices and the identity.
-    memory.items.back().host_bytes += 20 * largest_module(job) + 4 * s.f * s.f;
+    // The module in work: f32 weights, values and their differences.
+    memory.items.back().host_bytes += dequantize_bytes(job) + 16 * largest_module(job);
     return memory;
   }
   // All states between two blocks and inside one; of the microbatch in work both inputs of the gate, or the

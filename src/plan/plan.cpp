@@ -1,6 +1,7 @@
 #include <isobath/plan/plan.hpp>
 
 #include <isobath/core/error.hpp>
+#include <isobath/quant/factor.hpp>
 
 namespace isobath::plan {
 namespace {
@@ -198,7 +199,24 @@ Plan plan_of(const config::RunConfig& config, const model::ModelConfig& model, c
   return plan;
 }
 
+std::string too_wide_to_hold(const config::RunConfig& config, const model::ModelConfig& model) {
+  std::string lines;
+  if (!needs_whole(config.quantization)) return lines;
+  for (int p = 0; p < model::kProjections; ++p) {
+    const auto projection = static_cast<model::Projection>(p);
+    const int64_t n_channels = model::module_shape(model, projection).columns;
+    if (n_channels > quant::kLargestWhole)
+      lines += fmt::format(
+          "\n  {}: {} input channels; quantization.refinement, quantization.asymmetric and act_order need "
+          "its covariance whole on every rank, which is done for at most {}; switch them off",
+          model::name_of(projection), n_channels, quant::kLargestWhole);
+  }
+  return lines;
+}
+
 Plan make_plan(const config::RunConfig& config, const model::ModelConfig& model, const Cluster& cluster) {
+  if (const std::string lines = too_wide_to_hold(config, model); !lines.empty())
+    fail<ConfigError>("the configuration does not fit the model:{}", lines);
   const std::vector<GridShape> grids = possible_grids(config.ranks, model, cluster.n_ranks());
   if (grids.empty())
     fail<ConfigError>(

@@ -114,57 +114,69 @@ class BlockTime {
     const double d = channels(set);
     const auto units = static_cast<double>(job_.units_of(set));
     const auto n_local_shards = static_cast<double>(job_.layout.shards_per_rank);
-    Work work = covariance_add(job_.shapes, local_tokens(), d) + n_local_shards * covariance_close(d);
     const Work tree_add{.host_traffic_bytes = (n_local_shards - 1) * 12 * d * d};  // on this rank
-    covariance_ += units * time(work + tree_add);
+    // In panels: the upper triangle alone; the rows are read and weighted for every six of them.
+    const bool is_spread = job_.is_spread(d);
+    const double share = is_spread ? panel_entries(d) / (d * d) : 1;
+    const double passes = is_spread ? std::ceil(d / (6 * panel_columns())) : 1;
+    const Work product = covariance_add(job_.shapes, local_tokens(), d);
+    covariance_ +=
+        units * (time(product) + (passes - 1) / 2 * time({.traffic_bytes = product.traffic_bytes}) +
+                 share * time(n_local_shards * covariance_close(d) + tree_add));
     if (shrinks()) covariance_ += time(trace_pass(job_.shapes, local_tokens(), d));
     if (job_.is_asymmetric())
       correction_ += units * time(cross_covariance_add(job_.shapes, local_tokens(), d) +
                                   n_local_shards * cross_covariance_close(d) + tree_add);
     // Roots rotate: all but one in n_ranks need the move from rank 0.
     const double matrices = job_.is_asymmetric() ? 2 : 1;
-    reduction_ += matrices * units * tree_sum_s(job_, 4 * d * d, job_.layout.n_ranks() > 1);
+    reduction_ += matrices * units * tree_sum_s(job_, share * 4 * d * d, job_.layout.n_ranks() > 1);
   }
 
-  // All roots factorize their own units at once; then each unit's matrices go to all ranks in turn.
+  // Of an H that one rank holds, all roots factorize their own at once; a spread one keeps all ranks busy.
+  // The panels of the factor go to all ranks, f32; those of a spread one in f64 too while it is made.
   void factorize_all(int set) {
     const double d = channels(set);
     const auto units = static_cast<double>(job_.units_of(set));
     const auto mine = static_cast<double>(job_.units_of_root(set));
     const config::Asymmetric& asymmetric = job_.config.quantization.asymmetric;
-    factor_ += mine * time(factorize(d));
-    factor_out_ += units * broadcast_s(job_, Buffers::host, 8 * d * d + 13 * d);
-    if (job_.is_asymmetric()) {
-      correction_ += mine * time(correction(d, asymmetric));
-      factor_out_ += units * broadcast_s(job_, Buffers::host, 8 * d * d);
-    }
+    const bool is_spread = job_.is_spread(d);
+    factor_ += is_spread ? units * time(factorize_spread(d, static_cast<double>(job_.layout.n_ranks())))
+                         : mine * time(factorize(d));
+    const double n_panels = std::ceil(d / panel_columns());
+    const auto all_panels_s = [&](double element) {
+      return n_panels * broadcast_s(job_, Buffers::host, element * panel_entries(d) / n_panels);
+    };
+    factor_out_ += units * (all_panels_s(4) + (is_spread ? all_panels_s(8) : 0));
+    const double whole = (job_.needs_whole() ? 1 : 0) + (job_.is_asymmetric() ? 2 : 0);
+    if (whole > 0) factor_out_ += units * whole * broadcast_s(job_, Buffers::host, 4 * d * d);
+    if (job_.is_asymmetric()) correction_ += mine * time(correction(d, asymmetric));
     if (job_.refines()) refinement_ += units * time(damped_hessian(d));
   }
 
   void rows(int set) {
     const double d = channels(set);
     const config::Quantization& q = job_.config.quantization;
-    const auto ranks = static_cast<double>(job_.layout.n_ranks());
     const double groups = job_.is_weighted() ? static_cast<double>(job_.config.sensitivity.row_groups) : 1;
     for (const model::Projection p : model::input_set(set)) {
       const auto shape = model::module_shape(job_.model, p);
       const auto n_rows = static_cast<double>(shape.rows);
       // Each row group's tiles are shared by all ranks.
       const double group_rows = std::ceil(n_rows / groups);
-      const double mine = groups * std::min(group_rows, 64 * std::ceil(std::ceil(group_rows / 64) / ranks));
+      const double mine = groups * job_.largest_row_share(group_rows);
       const double element = job_.shapes.element_bytes;
       if (job_.uses_covariance()) {
         rows_ += time(solve_rows(mine, d, q) + Work{.host_link_bytes = element * mine * d});
         codes_ += all_reduce_s(job_, n_rows * d * (1 + (element + 1) / group_columns(d)));
-        objective_ += time(score(mine, d, q, job_.cluster.host.threads));
+        objective_ +=
+            time(score(mine, d, q, job_.cluster.host.threads, job_.refines() || job_.is_asymmetric()));
         if (job_.refines()) refinement_ += time(refine_rows(mine, d, q));
         if (job_.is_asymmetric()) correction_ += time(correct_rows(mine, d));
       } else {
         // Every rank rounds all rows; H is the identity.
-        const Work all = score(n_rows, d, q, job_.cluster.host.threads);
-        rows_ += time({.candidates = all.candidates});
-        objective_ += time(
-            {.thin_flops = all.thin_flops / 2, .host_traffic_bytes = all.host_traffic_bytes / 2 + 4 * d * d});
+        rows_ += time({.candidates = n_rows * d * candidate_grids(q.bits, q.symmetric, q.clip_search) /
+                                     job_.cluster.host.threads});
+        constexpr double kDifferenceTraffic = 27 + 12 + 8 + 4;  // dequantize, difference, square, sum
+        objective_ += time({.host_traffic_bytes = kDifferenceTraffic * n_rows * d});
       }
       rows_ +=
           time({.host_link_bytes = element * n_rows * d, .host_traffic_bytes = kCodeTraffic * n_rows * d});

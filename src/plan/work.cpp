@@ -1,4 +1,5 @@
 #include <isobath/plan/work.hpp>
+#include <isobath/quant/row_solver.hpp>
 
 namespace isobath::plan {
 namespace {
@@ -21,23 +22,29 @@ constexpr double kGramPanel = 48;
 // GPTQ's blocks of columns (quant/solver.cpp).
 constexpr double kColumnBlock = 128;
 
-// quant::factorize, bytes a channel pair: check 4, to f64 12, two index_selects 32, two masks 32, two flips
-// 32, identity 8, to f32 12.
-constexpr double kFactorTraffic = 132;
+// quant::factorize, bytes an entry of the triangle: check 4 (twice: of both triangles), to f64 12, two masks
+// 32, divided 16, to f32 12, check 4, and the product's passes over what it is subtracted from, 16 a panel.
+constexpr double kFactorTraffic = 84;
 
-// qep: H and C to f64 12 each, C transposed 16, the result back 12. gptaq: U and C to f64 12 each, four
-// index_selects 64, triu 16, back 12.
-constexpr double kQepTraffic = 52, kGptaqTraffic = 116;
+// qep: H and C to f64 12 each, C transposed 16, the result back 12. gptaq: the root from f32 20, C to f64 12,
+// four index_selects 64, triu 16, back 12.
+constexpr double kQepTraffic = 52, kGptaqTraffic = 124;
 
 // quant::damped_hessian: to f64 12, divided 16, two masks 32, to f32 12.
 constexpr double kDampedTraffic = 72;
 
-// A weight on its way to an objective, twice: dequantize (codes to f32 5, zero 8, scale 8, to storage 6),
-// difference 12, product with H written and read 16, sum 4.
-constexpr double kScoreTraffic = 2 * 59;
+// A weight on its way to an objective: dequantize (codes to f32 5, zero 8, scale 8, to storage 6),
+// difference 12, transposed 8, product written and read 8, sums 8.
+constexpr double kScoreTraffic = 63;
 
-// Covariance::value: two triangles (8 each), their sum 12, and the next shard's zeros 4.
-constexpr double kValueTraffic = 32, kCrossValueTraffic = 4;
+// Covariance::take: the lower triangle 8, and the next shard's zeros 4.
+constexpr double kTakeTraffic = 8, kCrossValueTraffic = 4;
+
+// pipeline/row_tiles.cpp: tiles of which the rounding of one is judged, from so many channels on.
+constexpr double kSampledTiles = 16, kSampledColumns = 4096;
+
+// Columns of a triangular solve (quant/factor.cpp).
+constexpr double kFactorStep = 128;
 
 // quant::kRowTile.
 constexpr double kTileRows = 64;
@@ -251,7 +258,7 @@ Work covariance_add(const Shapes& s, double n_rows, double d) {
 }
 
 Work covariance_close(double d) {
-  return {.traffic_bytes = kValueTraffic * d * d, .n_operations = 6, .host_link_bytes = 4 * d * d};
+  return {.traffic_bytes = kTakeTraffic * d * d, .n_operations = 6, .host_link_bytes = 4 * d * d};
 }
 
 Work cross_covariance_add(const Shapes& s, double n_rows, double d) {
@@ -275,15 +282,58 @@ Work trace_pass(const Shapes& s, double n_rows, double d) {
   return {.traffic_bytes = n_rows * d * (s.element_bytes + 16), .n_operations = 6};
 }
 
+double panel_columns() {
+  return static_cast<double>(quant::kPanel);
+}
+
+double panel_entries(double d) {
+  double entries = 0;
+  for (double begin = 0; begin < d; begin += panel_columns()) {
+    const double end = std::min(d, begin + panel_columns());
+    entries += end * (end - begin);
+  }
+  return entries;
+}
+
+namespace {
+
+/// quant::factorize_panel of the columns [begin, end): steps from the right, each a small Cholesky, a
+/// triangular solve of what stands above, and a product for the columns to the left.
+Work factorize_panel(double begin, double end) {
+  Work work{.host_traffic_bytes = kFactorTraffic * end * (end - begin)};
+  while (end > begin) {
+    const double first = std::max(begin, end - kFactorStep), n = end - first;
+    work.f64_factor_flops += n * n * n / 3 + first * n * n;
+    work.f64_gemm_flops += 2 * first * n * (first - begin);
+    end = first;
+  }
+  return work;
+}
+
+}  // namespace
+
 Work factorize(double d) {
-  return {.f64_factor_flops = 4.0 / 3.0 * d * d * d, .host_traffic_bytes = kFactorTraffic * d * d};
+  return factorize_spread(d, 1);
+}
+
+Work factorize_spread(double d, double n_ranks) {
+  const double width = panel_columns(), n_panels = std::ceil(d / width);
+  Work work;
+  for (double p = n_panels - 1; p >= 0; --p) {
+    const double begin = p * width, end = std::min(d, begin + width);
+    work += factorize_panel(begin, end);
+    // The rank that owns the panel to the left owns the largest share of those that are left.
+    for (double earlier = p - 1; earlier >= 0; earlier -= n_ranks)
+      work.f64_gemm_flops += 2 * (earlier + 1) * width * width * (end - begin);
+  }
+  return work;
 }
 
 Work correction(double d, const config::Asymmetric& asymmetric) {
   const double cube = d * d * d;
   if (asymmetric.correction == "qep")
     return {.f64_factor_flops = 7.0 / 3.0 * cube, .host_traffic_bytes = kQepTraffic * d * d};
-  return {.f64_gemm_flops = 4 * cube, .host_traffic_bytes = kGptaqTraffic * d * d};
+  return {.f64_factor_flops = 2 * cube, .host_traffic_bytes = kGptaqTraffic * d * d};
 }
 
 Work damped_hessian(double d) {
@@ -321,13 +371,17 @@ Work correct_rows(double n_rows, double d) {
   const double tiles = whole_tiles(n_rows), rows = kTileRows * tiles;
   return {.f64_gemm_flops = 2 * rows * d * d,
           .thin_flops = 2 * 2 * rows * d * d,
-          .host_traffic_bytes = tiles * 12 * d * d + (kScoreTraffic / 2 + 60) * rows * d};
+          .host_traffic_bytes = tiles * 12 * d * d + (kScoreTraffic + 60) * rows * d};
 }
 
-Work score(double n_rows, double d, const config::Quantization& q, double threads) {
-  return {.thin_flops = 2 * 2 * n_rows * d * d,
-          .candidates = n_rows * d * candidate_grids(q.bits, q.symmetric, q.clip_search) / threads,
-          .host_traffic_bytes = kScoreTraffic * n_rows * d};
+Work score(double n_rows, double d, const config::Quantization& q, double threads, bool changed) {
+  const double tile = static_cast<double>(quant::tile_rows(static_cast<int64_t>(n_rows)));
+  const double judged = d < kSampledColumns
+                            ? n_rows
+                            : std::min(n_rows, tile * std::ceil(std::ceil(n_rows / tile) / kSampledTiles));
+  return {.thin_flops = judged * d * (d + std::min(d, panel_columns())) + (changed ? 2 * n_rows * d * d : 0),
+          .candidates = judged * d * candidate_grids(q.bits, q.symmetric, q.clip_search) / threads,
+          .host_traffic_bytes = kScoreTraffic * (judged + (changed ? n_rows : 0)) * d + 12 * n_rows * d};
 }
 
 }  // namespace isobath::plan

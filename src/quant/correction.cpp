@@ -28,11 +28,12 @@ at::Tensor qep_correction(const at::Tensor& c, const at::Tensor& h, double ridge
 }
 
 at::Tensor gptaq_correction(const at::Tensor& c, const Factor& factor) {
-  ISOBATH_CHECK(!factor.failed && factor.upper.defined(),
-                "the correction needs a factorization that succeeded");
-  const at::Tensor upper = factor.upper.to(at::kDouble);
+  ISOBATH_CHECK(!factor.failed, "the correction needs a factorization that succeeded");
+  const at::Tensor root = upper_root(factor);  // U = R⁻¹
   const at::Tensor ordered = c.to(at::kDouble).index_select(0, factor.order).index_select(1, factor.order);
-  const at::Tensor compensation = ordered.mm(upper.t()).triu(1).mm(upper);
+  const at::Tensor later =
+      at::linalg_solve_triangular(root.t(), ordered, /*upper=*/false, /*left=*/false).triu_(1);
+  const at::Tensor compensation = at::linalg_solve_triangular(root, later, /*upper=*/true, /*left=*/false);
   const at::Tensor inverse = at::argsort(factor.order);
   return compensation.index_select(0, inverse).index_select(1, inverse).to(at::kFloat).contiguous();
 }

@@ -1,5 +1,6 @@
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <isobath/core/error.hpp>
 #include <isobath/quant/grid.hpp>
 
@@ -52,10 +53,19 @@ at::Tensor dequantize(const QuantizedMatrix& matrix) {
                     matrix.zero.sizes() == matrix.scale.sizes(),
                 "codes [{}, {}] with group {} need scales and zeros [{}, {}]", n_rows, n_columns,
                 matrix.spec.group, n_rows, groups);
-  const at::Tensor steps = matrix.codes.view({n_rows, groups, -1}).to(at::kFloat) - matrix.zero.unsqueeze(-1);
-  return (steps * matrix.scale.to(at::kFloat).unsqueeze(-1))
-      .to(matrix.spec.storage)
-      .view({n_rows, n_columns});
+  at::Tensor values = at::empty({n_rows, n_columns}, matrix.spec.storage);
+  // Some rows at a time: steps in f32 between codes and values stay small, whatever the matrix.
+  constexpr int64_t kRows = 256;
+  for (int64_t begin = 0; begin < n_rows; begin += kRows) {
+    const int64_t end = std::min(begin + kRows, n_rows);
+    const at::Tensor steps =
+        matrix.codes.slice(0, begin, end).view({end - begin, groups, -1}).to(at::kFloat) -
+        matrix.zero.slice(0, begin, end).unsqueeze(-1);
+    values.slice(0, begin, end)
+        .copy_((steps * matrix.scale.slice(0, begin, end).to(at::kFloat).unsqueeze(-1))
+                   .view({end - begin, n_columns}));
+  }
+  return values;
 }
 
 at::Tensor round_on_grid(const at::Tensor& w, const at::Tensor& scale, const at::Tensor& zero,

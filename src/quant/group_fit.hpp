@@ -11,7 +11,7 @@
 namespace isobath::quant {
 
 /// Rows that a fit treats at once: the lanes of simd.hpp.
-inline constexpr int64_t kFitLanes = 16;
+inline constexpr int64_t kFitLanes = 8;
 
 /// The grid of one row for one group, with what the rounding loops need of it.
 struct RowGrid {

@@ -25,42 +25,101 @@ int64_t panel_width(int64_t n_channels) {
       row, weight);
 }
 
-}  // namespace
-
-Covariance::Covariance(int64_t n_channels, c10::Device device)
-    : upper_(at::zeros({n_channels, n_channels}, at::TensorOptions().dtype(at::kFloat).device(device))) {}
-
-void Covariance::add(const at::Tensor& x, const at::Tensor& weights) {
-  const int64_t n_channels = upper_.size(0);
-  ISOBATH_CHECK(x.dim() == 2 && x.size(1) == n_channels,
-                "covariance of {} channels given x with {} dimensions, last {}", n_channels, x.dim(),
-                x.size(-1));
+void check_inputs(const at::Tensor& x, const at::Tensor& weights, bool has_channels, int64_t n_channels) {
+  ISOBATH_CHECK(x.dim() == 2 && has_channels, "covariance of {} channels given x with {} dimensions, last {}",
+                n_channels, x.dim(), x.size(-1));
   ISOBATH_CHECK(!weights.defined() || (weights.dim() == 1 && weights.size(0) == x.size(0)),
                 "covariance: one weight per row of x [{}, {}] expected", x.size(0), x.size(1));
-  if (x.size(0) == 0) return;
-  const c10::NoGradGuard no_grad;
-  const at::Tensor roots = weights.defined() ? weights.to(at::kFloat).sqrt() : weights;
-  if (kernels::has_gram(x) && kernels::add_gram(upper_, x, roots)) return;
+}
+
+at::Tensor roots_of(const at::Tensor& weights) {
+  return weights.defined() ? weights.to(at::kFloat).sqrt() : weights;
+}
+
+// √D·x in f32: on both sides it keeps the product symmetric, and so half of it unnecessary.
+at::Tensor weighted_rows(const at::Tensor& x, const at::Tensor& weights) {
   at::Tensor weighted = x.to(at::kFloat).contiguous();
   if (weights.defined()) {
-    // √D on both sides keeps the product symmetric, and so half of it unnecessary.
-    weighted = weighted * roots.unsqueeze(1);
+    weighted = weighted * roots_of(weights).unsqueeze(1);
     // 0·inf is NaN: padding may hold anything.
     weighted.masked_fill_((weights == 0).unsqueeze(1), 0.0);
   }
   const at::Tensor flat = weighted.view({-1});
   if (!std::isfinite(at::dot(flat, flat).item<float>())) report_non_finite(weighted, weights);
+  return weighted;
+}
+
+void add_panel(at::Tensor panel, const at::Tensor& weighted, Range columns) {
+  panel.addmm_(weighted.slice(1, 0, columns.end).t(), weighted.slice(1, columns.begin, columns.end));
+}
+
+at::Tensor zeros(int64_t n_rows, int64_t n_columns, c10::Device device) {
+  return at::zeros({n_rows, n_columns}, at::TensorOptions().dtype(at::kFloat).device(device));
+}
+
+}  // namespace
+
+Covariance::Covariance(int64_t n_channels, c10::Device device)
+    : upper_(zeros(n_channels, n_channels, device)) {}
+
+void Covariance::add(const at::Tensor& x, const at::Tensor& weights) {
+  const int64_t n_channels = upper_.size(0);
+  check_inputs(x, weights, x.size(-1) == n_channels, n_channels);
+  if (x.size(0) == 0) return;
+  const c10::NoGradGuard no_grad;
+  if (kernels::has_gram(x) && kernels::add_gram(upper_, x, roots_of(weights))) return;
+  const at::Tensor weighted = weighted_rows(x, weights);
   const int64_t panel = panel_width(n_channels);
   for (int64_t begin = 0; begin < n_channels; begin += panel) {
-    const int64_t end = std::min(begin + panel, n_channels);
-    at::Tensor target = upper_.slice(0, 0, end).slice(1, begin, end);
-    target.addmm_(weighted.slice(1, 0, end).t(), weighted.slice(1, begin, end));
+    const Range columns{begin, std::min(begin + panel, n_channels)};
+    add_panel(upper_.slice(0, 0, columns.end).slice(1, begin, columns.end), weighted, columns);
   }
 }
 
-at::Tensor Covariance::value() const {
-  // The panels also hold what stands below the diagonal inside them.
-  return at::triu(upper_) + at::triu(upper_, 1).t();
+at::Tensor Covariance::take() {
+  // In squares, so that what is transposed stays in cache; below the diagonal stands what nobody asked for.
+  constexpr int64_t kSquare = 256;
+  const int64_t n_channels = upper_.size(0);
+  for (int64_t begin = 0; begin < n_channels; begin += kSquare) {
+    const int64_t end = std::min(begin + kSquare, n_channels);
+    at::Tensor rows = upper_.slice(0, begin, end);
+    for (int64_t left = 0; left < begin; left += kSquare)
+      rows.slice(1, left, left + kSquare)
+          .copy_(upper_.slice(0, left, left + kSquare).slice(1, begin, end).t());
+    at::Tensor square = rows.slice(1, begin, end);
+    square.copy_(square.triu() + square.triu(1).t());
+  }
+  return std::move(upper_);
+}
+
+CovariancePanels::CovariancePanels(std::vector<Range> columns, c10::Device device)
+    : columns_(std::move(columns)), device_(device) {
+  (void)take();
+}
+
+void CovariancePanels::add(const at::Tensor& x, const at::Tensor& weights) {
+  int64_t end = 0;
+  for (const Range& columns : columns_) end = std::max(end, columns.end);
+  check_inputs(x, weights, x.size(-1) >= end, end);
+  if (x.size(0) == 0) return;
+  const c10::NoGradGuard no_grad;
+  const at::Tensor roots = roots_of(weights);
+  at::Tensor weighted;
+  for (size_t p = 0; p < columns_.size(); ++p) {
+    const Range columns = columns_[p];
+    const bool has_kernel = kernels::has_gram(x) && columns.begin % kernels::kGramAlignment == 0;
+    if (has_kernel && kernels::add_gram_panel(panels_[p], columns.begin, x, roots)) continue;
+    if (!weighted.defined()) weighted = weighted_rows(x.slice(1, 0, end), weights);
+    add_panel(panels_[p], weighted, columns);
+  }
+}
+
+std::vector<at::Tensor> CovariancePanels::take() {
+  std::vector<at::Tensor> taken = std::move(panels_);
+  panels_.clear();
+  for (const Range& columns : columns_)
+    panels_.push_back(zeros(columns.end, columns.end - columns.begin, device_));
+  return taken;
 }
 
 at::Tensor covariance_reference(const at::Tensor& x, const at::Tensor& weights) {

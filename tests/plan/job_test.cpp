@@ -175,7 +175,7 @@ TEST(Time, AllRootsFactorizeAtOnce) {
     return quantize_time(Job(config, model, cluster, stages, 1), {}).compute_s;
   };
   // 4 blocks of q, k, v, o, gate, up at d = 8 and down at d = 16.
-  constexpr double kSmall = (4.0 / 3) * 512, kLarge = (4.0 / 3) * 4096;
+  constexpr double kSmall = 512 / 3.0, kLarge = 4096 / 3.0;
   EXPECT_NEAR(factor_s(1), 4 * (6 * kSmall + kLarge), 1e-6);
   EXPECT_NEAR(factor_s(2), 4 * (4 * kSmall + kLarge), 1e-6);  // two of q, k, v on one rank
   EXPECT_NEAR(factor_s(4), 4 * (3 * kSmall + kLarge), 1e-6);
@@ -199,10 +199,11 @@ TEST(Time, ObjectivesAreSharedByTheRanks) {
       if (step == "objective before and after") return step_s;
     return -1.0;
   };
-  // Two products of 2·rows·d²: gate and up have four tiles of 64 rows, the others one tile or less.
+  // Round-to-nearest alone, rows·d·(d + a panel): gate and up have four tiles of 64 rows, the others one tile
+  // or less.
   const double others = (8 + 4 + 4 + 8) * 64 + 8 * 256 * 256;
-  EXPECT_NEAR(objective_s(1), 4 * 4 * (2.0 * 256 * 64 + others), 1e-6);
-  EXPECT_NEAR(objective_s(4), 4 * 4 * (2.0 * 64 * 64 + others), 1e-6);
+  EXPECT_NEAR(objective_s(1), 4 * 2 * (2.0 * 256 * 64 + others), 1e-6);
+  EXPECT_NEAR(objective_s(4), 4 * 2 * (2.0 * 64 * 64 + others), 1e-6);
 }
 
 TEST(Time, WhatIsConfiguredIsPriced) {
@@ -223,9 +224,9 @@ TEST(Time, WhatIsConfiguredIsPriced) {
   EXPECT_EQ(part("asymmetric correction"), -1);
   config.quantization.asymmetric.correction = "gptaq";
   EXPECT_NEAR(part("forward"), 2 * kForward, 1e-6);
-  cluster.host.f64_gemm_tflops = 1e-12;
-  // Two products of d³, and C times one tile of rows, of 8 channels and of 16.
-  EXPECT_NEAR(part("asymmetric correction"), 4 * (6 * (4 * 512 + 2 * 64 * 64) + 4 * 4096 + 2 * 64 * 256),
+  cluster.host.f64_gemm_tflops = cluster.host.f64_factor_tflops = 1e-12;
+  // Two triangular solves of d³, and C times one tile of rows, of 8 channels and of 16.
+  EXPECT_NEAR(part("asymmetric correction"), 4 * (6 * (2 * 512 + 2 * 64 * 64) + 2 * 4096 + 2 * 64 * 256),
               1e-6);
   EXPECT_EQ(Job(config, model, cluster, 1, 1).hidden_bytes(), 2 * 20 * 8 * 2);
   config.quantization.asymmetric.correction = "none";
@@ -331,31 +332,57 @@ TEST(Memory, QuantizeHoldsTheCovariancesOfOneInputSet) {
       if (found.name == name) return std::pair{found.device_bytes, found.host_bytes};
     return std::pair{-1.0, -1.0};
   };
-  // down, d = 16: one H of 1024 bytes, three matrices to close it, and partial sums on two levels and one
-  // that arrives. q/k/v, d = 8: 256 bytes, (3 + 3) and 3 · 2 + 1 of them: less.
-  EXPECT_EQ(held("H and factors"), (std::pair{4 * 1024.0, 3 * 1024.0}));
+  // down, d = 16: one H of 1024 bytes, partial sums on two levels and one that arrives. q/k/v, d = 8: 256
+  // bytes, 3 and 3 · 2 + 1 of them: less. Factors and rows are less, too.
+  EXPECT_EQ(held("H, factors and rows"), (std::pair{1 * 1024.0, 3 * 1024.0}));
   // And f32 copies of the microbatch in work, 8 bytes a channel.
   EXPECT_EQ(held("hidden states"), (std::pair{20.0 * 2 * (8 + 16) + 5 * 8 * 16, 0.0}));
-  // Factorization of d = 16 at its peak: H, and five f64 matrices and one f32; what summing held is free by
-  // then.
-  EXPECT_EQ(quantize_memory(Job(config, model, cluster, 1, 1), 0).root_bytes,
-            1024 + 44 * 256 - (4 + 3) * 1024);
+  // H and its f64 triangle take less than what summing held, which is free by then.
+  EXPECT_EQ(quantize_memory(Job(config, model, cluster, 1, 1), 0).root_bytes, 0);
 
-  // Two row groups on four ranks of one node, a shard each at most: two roots factorize at once.
+  // With a correction C too: sums and partial sums of both. While it is made: H, C, the factor, five f64
+  // matrices and the result.
+  config.quantization.asymmetric.correction = "qep";
+  config.quantization.refinement.sweeps = 1;
+  EXPECT_EQ(held("H, factors and rows"), (std::pair{2 * 1024.0, 5 * 1024.0}));
+  EXPECT_EQ(quantize_memory(Job(config, model, cluster, 1, 1), 0).root_bytes,
+            2 * 1024 + 1024 + 44 * 256 - (2 + 5) * 1024);
+  EXPECT_EQ(held("block in work").first, 2 * 2 * (576 + 16));
+  EXPECT_EQ(held("hidden states"), (std::pair{2 * 20.0 * 2 * (8 + 16) + 5 * (8 + 12) * 16, 0.0}));
+
+  // Two row groups on four ranks of one node, a shard each at most: two roots factorize at once. While rows
+  // are solved: a factor, H, C and correction of both groups, a damped H, a panel, and 4 rows of 16 channels.
   Cluster node = cluster;
   node.ranks_per_node = 4;
   config.sensitivity.row_groups = 2;
   const RankMemory two = quantize_memory(Job(config, model, node, 4, 1), 0);
-  EXPECT_EQ(two.root_bytes, 1024 + 44 * 256 - (5 + 3) * 1024);
+  EXPECT_EQ(two.root_bytes, 2 * 1024 + 1024 + 44 * 256 - ((1 + 2 * 3 + 1 + 1) * 1024 + 5 * 4 * 16));
   EXPECT_EQ(two.node_root_bytes, 2 * two.root_bytes);
-  config.sensitivity.row_groups = 1;
+}
 
-  // With a correction C too: sums and partial sums of both; then H, factor, damped H, C and correction.
-  config.quantization.asymmetric.correction = "qep";
+TEST(Memory, AWideCovarianceIsSharedByTheRanks) {
+  model::ModelConfig model = tiny_model();
+  model.d_ff = 8192;
+  config::RunConfig config = tiny_config();
+  config.compute_dtype = "bfloat16";
+  Cluster cluster = instant_cluster();
+  cluster.ranks_per_node = 4;
+  const auto solver_bytes = [&](int stages) {
+    for (const auto& found : quantize_memory(Job(config, model, cluster, stages, 1), 0).items)
+      if (found.name == "H, factors and rows") return found.device_bytes + found.host_bytes;
+    return -1.0;
+  };
+  constexpr double kPanel = 384.0 * 8192;
+  // 21 whole panels, and one of 128 columns.
+  const double entries = 384.0 * 384 * (21 * 22 / 2) + 128.0 * 8192;
+  // The f64 triangle, and of one panel f64 twice and f32; on four ranks the sums of the first pass are more:
+  // six panels, a partial sum of each, and one that arrives.
+  EXPECT_EQ(solver_bytes(1), 8 * entries + 20 * kPanel);
+  EXPECT_EQ(solver_bytes(4), std::max(2 * entries + 20 * kPanel, 4 * (6 + 6 + 1) * kPanel));
+  // What needs H whole on every rank is not spread.
   config.quantization.refinement.sweeps = 1;
-  EXPECT_EQ(held("H and factors"), (std::pair{5 * 1024.0, 5 * 1024.0}));
-  EXPECT_EQ(held("block in work").first, 2 * 2 * (576 + 16));
-  EXPECT_EQ(held("hidden states"), (std::pair{2 * 20.0 * 2 * (8 + 16) + 5 * (8 + 12) * 16, 0.0}));
+  EXPECT_FALSE(Job(config, model, cluster, 4, 1).is_spread(8192));
+  EXPECT_GT(solver_bytes(4), 4 * 8192.0 * 8192);
 }
 
 TEST(Memory, EvaluationHoldsTwoModelsLogitsInTheirDtype) {

@@ -129,9 +129,9 @@ TEST(Plan, WhatCannotFitIsRefusedWithWhatWould) {
 }
 
 TEST(Plan, MoreMemoryIsNamedWhereNodesDoNotHelp) {
-  // The factorization of down_proj, 44 · 28672² bytes, stays on one rank whatever their number.
+  // Every rank of a node holds the codes of a block and values of a module, whatever the number of nodes.
   Cluster cluster = shipped("h100-node");
-  cluster.memory.node_gib = 32;
+  cluster.memory.node_gib = 16;
   try {
     (void)make_plan(large_config(), shipped_model("llama-3.1-70b"), cluster);
     FAIL() << "accepted";
@@ -139,6 +139,21 @@ TEST(Plan, MoreMemoryIsNamedWhereNodesDoNotHelp) {
     const std::string text = error.what();
     EXPECT_NE(text.find("no number of nodes up to 256 of this kind"), std::string::npos) << text;
     EXPECT_NE(text.find("GiB a node"), std::string::npos) << text;
+  }
+}
+
+TEST(Plan, WhatNeedsACovarianceWholeIsRefusedWhereItIsTooWide) {
+  config::RunConfig config = large_config();
+  EXPECT_TRUE(too_wide_to_hold(config, shipped_model("llama-3.1-70b")).empty());
+  config.quantization.refinement.sweeps = 1;
+  EXPECT_TRUE(too_wide_to_hold(config, shipped_model("llama-3.1-8b")).empty());
+  try {
+    (void)make_plan(config, shipped_model("llama-3.1-70b"), shipped("h100-node"));
+    FAIL() << "accepted";
+  } catch (const ConfigError& error) {
+    const std::string text = error.what();
+    EXPECT_NE(text.find("down_proj: 28672 input channels"), std::string::npos) << text;
+    EXPECT_EQ(text.find("gate_proj"), std::string::npos) << text;
   }
 }
 

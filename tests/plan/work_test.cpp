@@ -1,5 +1,7 @@
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include <isobath/plan/work.hpp>
 
 #include "src/quant/candidates.hpp"
@@ -105,7 +107,16 @@ TEST(Work, SolverByHand) {
   EXPECT_EQ(covariance_add(kernels, 10, 480).f32_flops, 0);
   EXPECT_EQ(cross_covariance_add(kernels, 10, 480).covariance_flops, 10.0 * 2 * 480 * 480);
   EXPECT_EQ(cross_covariance_add(shapes, 10, 480).f32_flops, 10.0 * 2 * 480 * 480);
-  EXPECT_EQ(factorize(3).f64_factor_flops, 9 + 27);
+  EXPECT_EQ(factorize(3).f64_factor_flops, 9);
+  // Panels of 384 and 128 columns, in steps of 128: four small Cholesky factorizations, and a solve of what
+  // stands above each; products within the wide panel, and the narrow one's share of it.
+  constexpr double kStep = 128, kSquare = kStep * kStep, kCube = kSquare * kStep;
+  EXPECT_DOUBLE_EQ(factorize(512).f64_factor_flops, 4 * kCube / 3 + (384 + 256 + 128) * kSquare);
+  EXPECT_DOUBLE_EQ(factorize(512).f64_gemm_flops, 2 * kCube * (4 + 1) + 2 * 384.0 * 384 * 128);
+  EXPECT_EQ(panel_entries(512), 384 * 384 + 512 * 128);
+  // Of many panels, four ranks subtract a fourth each: d³/3 comes near a fourth of itself.
+  EXPECT_LT(factorize_spread(16384, 4).f64_gemm_flops, 0.3 * factorize(16384).f64_gemm_flops);
+  EXPECT_NEAR(factorize(16384).f64_gemm_flops / (std::pow(16384.0, 3) / 3), 1, 0.05);
 
   config::Quantization quantization;
   quantization.clip_search = false;
@@ -114,8 +125,12 @@ TEST(Work, SolverByHand) {
   EXPECT_EQ(rows.thin_flops, 128.0 * 256 * 128);
   EXPECT_EQ(rows.column_flops, 128.0 * 256 * 128);
   EXPECT_EQ(rows.candidates, 128.0 * 256);
-  EXPECT_EQ(score(10, 16, quantization, 4).thin_flops, 2 * 2 * 10 * 16 * 16);
-  EXPECT_EQ(score(10, 16, quantization, 4).candidates, 10.0 * 16 / 4);
+  // A product with the factor's panel, of every row; with H too when the codes changed.
+  EXPECT_EQ(score(10, 16, quantization, 4, false).thin_flops, 2 * 10 * 16 * 16);
+  EXPECT_EQ(score(10, 16, quantization, 4, true).thin_flops, 2 * 2 * 10 * 16 * 16);
+  EXPECT_EQ(score(10, 16, quantization, 4, false).candidates, 10.0 * 16 / 4);
+  // 1024 rows are 16 tiles, of which one is judged.
+  EXPECT_EQ(score(1024, 4096, quantization, 1, false).candidates, 64.0 * 4096);
 }
 
 TEST(Work, RefinementAndCorrectionByHand) {
@@ -129,9 +144,9 @@ TEST(Work, RefinementAndCorrectionByHand) {
   quantization.symmetric = false;
   EXPECT_EQ(refine_rows(70, 256, quantization).thin_flops, 2.0 * 128 * 256 * (256 + 2 * (2 * 256 + 7 * 64)));
 
-  // Cholesky and two solves, or two products.
+  // Cholesky and two solves, or two triangular solves.
   EXPECT_DOUBLE_EQ(correction(3, {.correction = "qep"}).f64_factor_flops, 9 + 2 * 27);
-  EXPECT_EQ(correction(3, {.correction = "gptaq"}).f64_gemm_flops, 2 * 2 * 27);
+  EXPECT_EQ(correction(3, {.correction = "gptaq"}).f64_factor_flops, 2 * 27);
   // W + W·M and the third objective in f32; C in f64.
   EXPECT_EQ(correct_rows(64, 16).thin_flops, 2 * 2 * 64 * 16 * 16);
   EXPECT_EQ(correct_rows(64, 16).f64_gemm_flops, 2 * 64 * 16 * 16);

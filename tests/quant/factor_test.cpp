@@ -9,24 +9,35 @@
 
 namespace isobath::quant {
 
-/// U is kept in f32; the product of two such factors carries a few roundings of 2⁻²⁴ times the condition
-/// number.
-constexpr double kFactorTolerance = 1e-4;
+/// R diag(R)⁻¹ is kept in f32: a rounding of 2⁻²⁴ an entry, in products as large as the diagonal of H.
+constexpr double kFactorTolerance = 1e-5;
 
-TEST(Factor, UpperTransposedTimesUpperIsTheInverseOfDampedH) {
-  for (const auto act_order : {ActOrder::none, ActOrder::static_groups}) {
-    const at::Tensor h = random_problem(1, 48, 11).h;
-    const Factor factor = factorize(h, {.damping = 0.02, .act_order = act_order});
+TEST(Factor, RootTimesItsTransposeIsDampedH) {
+  for (const auto act_order : {ActOrder::none, ActOrder::static_groups})
+    for (const int64_t width : {5, 16, 48, 100}) {
+      const at::Tensor h = random_problem(1, 48, 11).h;
+      const Factor factor = factorize(h, {.damping = 0.02, .act_order = act_order, .panel_width = width});
 
-    at::Tensor damped = h.to(at::kDouble).clone();
-    damped.diagonal().add_(0.02 * damped.diagonal().mean());
-    damped = damped.index_select(0, factor.order).index_select(1, factor.order);
-    const at::Tensor upper = factor.upper.to(at::kDouble);
+      at::Tensor damped = h.to(at::kDouble).clone();
+      damped.diagonal().add_(0.02 * damped.diagonal().mean());
+      damped = damped.index_select(0, factor.order).index_select(1, factor.order);
+      const at::Tensor root = upper_root(factor);
 
-    EXPECT_TRUE(at::equal(factor.upper, factor.upper.triu()));
-    EXPECT_TRUE(at::allclose(upper.t().mm(upper).mm(damped), at::eye(48, at::kDouble), 0, kFactorTolerance));
-    EXPECT_EQ(factor.n_fallbacks, 0);
-    EXPECT_DOUBLE_EQ(factor.damping, 0.02);
+      EXPECT_TRUE(at::equal(root, root.triu()));
+      const double largest = damped.abs().max().item<double>();
+      EXPECT_TRUE(at::allclose(root.mm(root.t()), damped, 0, kFactorTolerance * largest)) << width;
+      EXPECT_EQ(factor.n_fallbacks, 0);
+      EXPECT_DOUBLE_EQ(factor.damping, 0.02);
+    }
+}
+
+TEST(Factor, PanelsAreCutIntoStepsWithoutChangingTheRoot) {
+  // Wider than the 128 columns of a step, so that panels are factorized in several.
+  const at::Tensor h = random_problem(1, 300, 13).h;
+  const at::Tensor whole = upper_root(factorize(h, {.panel_width = 300}));
+  for (const int64_t width : {64, 128, 200}) {
+    const at::Tensor root = upper_root(factorize(h, {.panel_width = width}));
+    EXPECT_TRUE(at::allclose(root, whole, kFactorTolerance, kFactorTolerance)) << width;
   }
 }
 
@@ -48,8 +59,8 @@ TEST(Factor, DeadColumnsAreMarkedAndDoNotTouchOthers) {
   EXPECT_FALSE(factor.failed);
   EXPECT_EQ(factor.dead.nonzero().item<int64_t>(), 3);
   EXPECT_EQ(factor.importance[3].item<float>(), 1.0F);
-  EXPECT_EQ(factor.upper[3].count_nonzero().item<int64_t>(), 1);
-  EXPECT_EQ(factor.upper.select(1, 3).count_nonzero().item<int64_t>(), 1);
+  EXPECT_EQ(upper_root(factor)[3].count_nonzero().item<int64_t>(), 1);
+  EXPECT_EQ(upper_root(factor).select(1, 3).count_nonzero().item<int64_t>(), 1);
 }
 
 TEST(Factor, AllDeadColumnsStillFactorize) {

@@ -16,22 +16,32 @@ constexpr double kObjectiveTolerance = 1e-5;
 constexpr double kMinRowsEqual = 0.9;
 constexpr double kTotalObjectiveTolerance = 5e-3;
 
+/// The sum over columns less λ‖ΔW‖², each from f32 parts, against a product with H in f32.
+constexpr double kFreeObjectiveTolerance = 1e-4;
+
 struct Case {
   int bits;
   int64_t group;
   bool symmetric;
   ActOrder act_order;
   bool clip_search;
+  int64_t panel_width = kPanel;
+  int64_t tile_rows = kRowTile;
 };
 
 static void expect_agrees_with_reference(const Problem& problem, const Case& c) {
-  SCOPED_TRACE(fmt::format("{} bits, group {}, symmetric {}, act-order {}, clip {}", c.bits, c.group,
-                           c.symmetric, c.act_order != ActOrder::none, c.clip_search));
+  SCOPED_TRACE(fmt::format("{} bits, group {}, symmetric {}, act-order {}, clip {}, panels {}, tiles {}",
+                           c.bits, c.group, c.symmetric, c.act_order != ActOrder::none, c.clip_search,
+                           c.panel_width, c.tile_rows));
   const GridSpec spec{
       .bits = c.bits, .group = c.group, .symmetric = c.symmetric, .clip_search = c.clip_search};
-  const FactorSpec factor{.act_order = c.act_order};
-  const QuantizedMatrix fast = gptq(problem.w, factorize(problem.h, factor), spec);
-  const QuantizedMatrix slow = reference::gptq(problem.w, problem.h, factor, spec);
+  const FactorSpec spec_of_factor{.act_order = c.act_order, .panel_width = c.panel_width};
+  const Factor factor = factorize(problem.h, spec_of_factor);
+  RowSolver solver(problem.w, factor, spec, c.tile_rows);
+  for (const at::Tensor& panel : factor.panels) solver.advance(panel);
+  const at::Tensor objectives = solver.objectives();
+  const QuantizedMatrix fast = solver.take();
+  const QuantizedMatrix slow = reference::gptq(problem.w, problem.h, spec_of_factor, spec);
 
   const at::Tensor equal = (fast.codes == slow.codes).all(1) & (fast.scale == slow.scale).all(1);
   EXPECT_GE(equal.to(at::kDouble).mean().item<double>(), kMinRowsEqual);
@@ -42,6 +52,12 @@ static void expect_agrees_with_reference(const Problem& problem, const Case& c) 
   EXPECT_NEAR(objective_of(fast, rows) / objective_of(slow, rows), 1, kObjectiveTolerance);
   const at::Tensor all = at::arange(problem.w.size(0), at::kLong);
   EXPECT_NEAR(objective_of(fast, all) / objective_of(slow, all), 1, kTotalObjectiveTolerance);
+
+  EXPECT_EQ(objectives.size(0), (problem.w.size(0) + c.tile_rows - 1) / c.tile_rows);
+  EXPECT_NEAR(objectives.sum().item<double>() / objective_of(fast, all), 1, kFreeObjectiveTolerance);
+  FactoredObjective factored(dequantize(fast).to(at::kFloat) - problem.w, factor);
+  for (const at::Tensor& panel : factor.panels) factored.advance(panel);
+  EXPECT_NEAR(factored.value() / objective_of(fast, all), 1, kFreeObjectiveTolerance);
 }
 
 TEST(Gptq, AgreesWithTheLiteralAlgorithm) {
@@ -62,6 +78,29 @@ TEST(Gptq, GroupsThatDoNotMatchTheLazyBlocksAreFittedOnCurrentColumns) {
     expect_agrees_with_reference(problem, {4, group, true, ActOrder::none, false});
     expect_agrees_with_reference(problem, {4, group, true, ActOrder::static_groups, false});
   }
+}
+
+TEST(Gptq, PanelsMayCutBlocksAndGroupsAnywhere) {
+  const Problem problem = random_problem(20, 576, 5);
+  for (const int64_t width : {50, 200})
+    for (const int64_t group : {32, 96, 192, 288, 0})
+      expect_agrees_with_reference(problem, {3, group, true, ActOrder::none, false, width});
+  expect_agrees_with_reference(problem, {3, 64, false, ActOrder::static_groups, false, 100});
+}
+
+TEST(Gptq, TallTilesAgreeWithTheLiteralAlgorithm) {
+  const Problem problem = random_problem(150, 320, 12);
+  for (const int64_t tile_rows : {128, 256})
+    for (const int64_t group : {32, 160})
+      expect_agrees_with_reference(problem, {3, group, true, ActOrder::none, true, 100, tile_rows});
+}
+
+TEST(Gptq, TileRowsDependOnTheShapeAlone) {
+  EXPECT_EQ(tile_rows(1), 64);
+  EXPECT_EQ(tile_rows(4096), 64);
+  EXPECT_EQ(tile_rows(8192), 128);
+  EXPECT_EQ(tile_rows(16384), 256);
+  EXPECT_EQ(tile_rows(128256), 256);
 }
 
 TEST(Gptq, DeadColumnsBecomeZero) {

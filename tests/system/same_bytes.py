@@ -1,19 +1,26 @@
 """Every layout of ranks writes the same bytes."""
 import shutil
 
+import isobath_system
 from isobath_system import DRIFTING, EVERYTHING_ON, Workspace, assert_same_bytes, reestimations, result_digests, run_well
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (4, 1)]
+# The covariance of this width's down_proj is spread over the ranks in panels (quant::kWholeColumns), and needs all of
+# its six panels of 384 columns.
+WIDE_D_FF = 2304
 VARIANTS = {
-    "bfloat16": ("bfloat16", ()),
-    "float32, everything on, widths scored": ("float32", EVERYTHING_ON + ("sensitivity.gram.bits=[2, 4]",)),
-    "float32, drift": ("float32", DRIFTING),
+    "bfloat16": ("bfloat16", isobath_system.D_FF, (), LAYOUTS),
+    "float32, everything on, widths scored":
+        ("float32", isobath_system.D_FF, EVERYTHING_ON + ("sensitivity.gram.bits=[2, 4]",), LAYOUTS),
+    "float32, drift": ("float32", isobath_system.D_FF, DRIFTING, LAYOUTS),
+    "float32, wide": ("float32", WIDE_D_FF, (), [(1, 1), (2, 1), (3, 1), (2, 2)]),
 }
 
-for variant, (dtype, settings) in VARIANTS.items():
+for variant, (dtype, d_ff, settings, layouts) in VARIANTS.items():
+    isobath_system.D_FF = d_ff
     with Workspace(dtype) as space:
         expected = None
-        for stages, replicas in LAYOUTS:
+        for stages, replicas in layouts:
             name = f"run-{stages}x{replicas}"
             job = run_well(space.config(name), stages=stages, replicas=replicas, settings=settings)
             digests = result_digests(space.path / name)

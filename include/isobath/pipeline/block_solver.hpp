@@ -21,14 +21,20 @@ struct ModuleRecord {
   double damping = 0;       ///< λ that worked (the largest over row groups)
   int64_t n_fallbacks = 0;  ///< damping steps and fallbacks of H
   double effective_samples_per_channel = 0;  ///< n_eff / d_in (the smallest over row groups)
-  double objective_rounded = 0;              ///< ½ tr(ΔW H ΔWᵀ) of round-to-nearest on the same grid
-  double objective = 0;                      ///< … of the codes that were chosen
+  /// ½ tr(ΔW H ΔWᵀ) of round-to-nearest on the same grid; with kSampledColumns input channels or more an
+  /// estimate from every sixteenth row tile. NaN where no H could be factorized.
+  double objective_rounded = 0;
+  double objective = 0;  ///< … of the codes that were chosen, exact; NaN as above
   /// Asymmetric objective of the chosen codes minus that of the original weights; only with a correction.
   std::optional<double> objective_asymmetric;
   double shrinkage = 0;        ///< ρ of H (the largest over row groups)
   double bits_per_weight = 0;  ///< scales and zeros included
   double wall_s = 0;           ///< not written to modules.json: it differs from run to run
 };
+
+/// Input channels from which objective_rounded is an estimate: a product with the factor for every row would
+/// take as long as the codes.
+inline constexpr int64_t kSampledColumns = 4096;
 
 /// A linear to solve, with what its H needs.
 struct SolveTask {
@@ -51,15 +57,20 @@ struct Solved {
 
 struct SolverUnit;
 
-/// Quantizes the linears of one input set with all ranks at work: each accumulates H over its own sequences,
-/// the partial sums meet along the fixed tree on the rank that factorizes, the factor is broadcast, the row
-/// tiles are dealt to the ranks, the codes return to all.
+/// Quantizes the linears of one input set with all ranks at work. An H of up to quant::kWholeColumns channels
+/// is summed over the ranks along the fixed tree onto one rank, which factorizes it while others factorize
+/// those of the same set. A wider one is summed, factorized and kept in column panels, which belong to the
+/// ranks in turn. Then the panels of the factor visit all ranks one after the other, each rank solving its
+/// row tiles as far as a panel allows, and the codes return to all.
 ///
-/// Memory   per module and row group: two d² f32 (H and its factor) and ⌈log₂ shards⌉ partial sums; the
-/// factorizing rank two d² f64 more. Refinement holds d² f32 more, an asymmetric correction twice d² f32.
+/// Memory   whole: an H's d² f32 and ⌈log₂ shards⌉ partial sums on every rank while it is summed, on its root
+/// 8 d² bytes more. In panels: 4 d² bytes over all ranks, and a few panels. Solving: 4 bytes for each of this
+/// rank's weights, and a panel. Refinement and an asymmetric correction need H (and C, and the correction)
+/// whole on every rank.
 ///
-/// Network  per H: ⌈log₂ ranks⌉ messages of d² f32 on the critical path, one broadcast of H and its factor,
-/// one exchange of codes. An asymmetric correction doubles that. Collective over the session's world.
+/// Network  whole: ⌈log₂ ranks⌉ messages of d² f32 on the critical path; in panels 2 d² bytes of them, and
+/// 4 d² bytes to all ranks for the factorization. Either way 2 d² bytes of factor and the codes to all ranks.
+/// Collective over the session's world.
 class BlockSolver {
  public:
   BlockSolver(const Session& session, const CalibrationSet& calibration);
@@ -71,15 +82,17 @@ class BlockSolver {
                                           const ForEachInput& for_each_input) const;
 
  private:
-  void factorize(std::vector<SolverUnit>& units) const;
-  void share(SolverUnit& unit) const;
-  void solve_rows(const SolverUnit& unit, const SolveTask& task, const at::Tensor& weight,
-                  quant::QuantizedMatrix& matrix, ModuleRecord& record) const;
+  /// Factor of each unit, on all ranks but for its panels, on every rank or `failed` on every rank.
+  void factorize(const std::vector<SolverUnit*>& units, int64_t n_channels,
+                 const ForEachInput& for_each_input) const;
+  void factorize_whole(const std::vector<SolverUnit*>& units, int64_t n_channels,
+                       const ForEachInput& for_each_input) const;
+  void share(SolverUnit& unit, int64_t n_channels) const;
+  void describe(const SolverUnit& unit, int64_t n_channels, std::vector<Solved>& solved) const;
 
   const Session& session_;
   const CalibrationSet& calibration_;
   quant::FactorSpec factor_spec_;
-  int64_t n_sweeps_;  ///< of refinement, at most
 };
 
 /// Round-to-nearest on the linears of one input set, which needs neither inputs nor other ranks. Local.

@@ -28,6 +28,13 @@ struct Layout {
                    int replicas);
 };
 
+/// Whether the solver needs H whole on every rank: for refinement, a correction, act-order.
+[[nodiscard]] inline bool needs_whole(const config::Quantization& quantization) {
+  return quantization.solver != "round_to_nearest" &&
+         (quantization.refinement.sweeps > 0 || quantization.asymmetric.is_on() ||
+          quantization.act_order != "none");
+}
+
 /// A run on a cluster: what memory and time are functions of. References outlive it.
 struct Job {
   const config::RunConfig& config;
@@ -59,6 +66,12 @@ struct Job {
   [[nodiscard]] bool refines() const {
     return uses_covariance() && config.quantization.refinement.sweeps > 0;
   }
+  /// Whether H must stand whole on every rank.
+  [[nodiscard]] bool needs_whole() const { return plan::needs_whole(config.quantization); }
+  /// Whether an H of d channels is factorized in panels that belong to the ranks in turn.
+  [[nodiscard]] bool is_spread(double d) const;
+  /// The most of n_rows rows that one rank solves: whole tiles.
+  [[nodiscard]] double largest_row_share(double n_rows) const;
   /// Hidden states that travel through the quantize pass: the original model's too, or not.
   [[nodiscard]] int64_t streams() const { return is_asymmetric() ? 2 : 1; }
   /// Last blocks of a stage that keep their activations for the backward pass; the others are recomputed.

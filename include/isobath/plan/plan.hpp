@@ -49,10 +49,15 @@ struct Plan {
 /// Plans the run on all ranks of the cluster. Grid: the configuration's stages and replicas; what is auto
 /// there is chosen to be fastest of what fits.
 ///
-/// Throws   ConfigError when the grid is impossible, or when nothing fits: with the bytes that are missing,
-/// and the smallest number of nodes of this kind, or the memory on these ranks, that would do.
+/// Throws   ConfigError when the grid is impossible, when a covariance is too wide to hold, or when nothing
+/// fits: with the bytes that are missing, and the smallest number of nodes of this kind, or the memory on
+/// these ranks, that would do.
 [[nodiscard]] Plan make_plan(const config::RunConfig& config, const model::ModelConfig& model,
                              const Cluster& cluster);
+
+/// A line for each linear whose covariance is too wide for what needs it whole on every rank (refinement, an
+/// asymmetric correction, act-order); empty when there is none, or nothing needs it.
+[[nodiscard]] std::string too_wide_to_hold(const config::RunConfig& config, const model::ModelConfig& model);
 
 /// The cost of the run on one given grid, whether it fits or not; for comparing with a run that took place.
 [[nodiscard]] Plan plan_of(const config::RunConfig& config, const model::ModelConfig& model,

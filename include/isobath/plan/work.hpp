@@ -77,7 +77,7 @@ struct Shapes {
 /// sensitivity::Covariance::add of n rows with d channels: the upper triangle in tiles, n d (d + 48) flops of
 /// the bf16 kernel, or in panels, n d (d + panel) f32 flops.
 [[nodiscard]] Work covariance_add(const Shapes& shapes, double n_rows, double d);
-/// Covariance::value and its way to the host, once a logical shard.
+/// Covariance::take and its way to the host, once a logical shard.
 [[nodiscard]] Work covariance_close(double d);
 
 /// sensitivity::CrossCovariance::add: 2 n d² flops, in the covariance's dtype.
@@ -87,10 +87,19 @@ struct Shapes {
 /// The inputs' norms that sensitivity.shrinkage needs, for n rows with d channels.
 [[nodiscard]] Work trace_pass(const Shapes& shapes, double n_rows, double d);
 
-/// quant::factorize: d³/3 for the Cholesky factor, d³ for the triangular solve against the identity.
+/// Columns of a panel of the factor (quant::kPanel), and entries of all panels of d columns.
+[[nodiscard]] double panel_columns();
+[[nodiscard]] double panel_entries(double d);
+
+/// quant::factorize on one rank: d³/3 flops, nearly all in f64 products; squares on the diagonal are counted
+/// whole, as they are multiplied.
 [[nodiscard]] Work factorize(double d);
 
-/// The correction matrix of one H: qep 7/3 d³ of factor and solve, gptaq 4 d³ of f64 products.
+/// pipeline::factorize_panels on the rank that is last: each panel is factorized by its owner while the
+/// others wait, and subtracted from the most panels that one rank owns.
+[[nodiscard]] Work factorize_spread(double d, double n_ranks);
+
+/// The correction matrix of one H: qep 7/3 d³ of factor and solve, gptaq 2 d³ of triangular solves.
 [[nodiscard]] Work correction(double d, const config::Asymmetric& asymmetric);
 
 /// quant::damped_hessian, which every rank makes of each H when codes are refined.
@@ -108,9 +117,11 @@ struct Shapes {
 /// for each tile) of `n_rows` rows (whole tiles).
 [[nodiscard]] Work correct_rows(double n_rows, double d);
 
-/// Round-to-nearest of `n_rows` rows (whole tiles) on all threads, and two objectives, each 2 n d² thin
-/// flops.
-[[nodiscard]] Work score(double n_rows, double d, const config::Quantization& quantization, double threads);
+/// The objective of round-to-nearest: of every row, or of every sixteenth tile from
+/// pipeline::kSampledColumns channels on; rounding on all threads, then quant::FactoredObjective (n d² thin).
+/// That of the codes comes with the column loop, unless they are `changed` by what follows it: 2 n d² thin.
+[[nodiscard]] Work score(double n_rows, double d, const config::Quantization& quantization, double threads,
+                         bool changed);
 
 /// Candidate grids that the clip search tries for one group (quant/candidates.hpp), refinements included.
 [[nodiscard]] double candidate_grids(int bits, bool symmetric, bool clip_search);

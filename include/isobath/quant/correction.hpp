@@ -16,9 +16,10 @@ namespace isobath::quant {
 /// Source   Arai & Ichikawa, QEP (2025): there a = ½, λ = 1.
 [[nodiscard]] at::Tensor qep_correction(const at::Tensor& c, const at::Tensor& h, double ridge);
 
-/// M = triu(C Uᵀ, 1) U in the factor's column order: the later columns make up for what the deviation of the
-/// input does through each column. c [C, C] f32 CPU -> [C, C] f32 in original column order, in f64.
-/// Source   Li et al., GPTAQ (2025), P; there a = ¼. Differs  there the deviation is weighted with the column
+/// M = triu(C Uᵀ, 1) U, U = R⁻¹, by two triangular solves in the factor's column order: the later columns
+/// make up for what the deviation of the input does through each column. c [C, C] f32 CPU -> [C, C] f32 in
+/// original column order, in f64. Source   Li et al., GPTAQ (2025), P; there a = ¼. Differs  there the
+/// deviation is weighted with the column
 ///          as the loop has changed it, here with the original one, whose output is the target. Then all that
 ///          the loop would add is known before it starts.
 [[nodiscard]] at::Tensor gptaq_correction(const at::Tensor& c, const Factor& factor);

@@ -2,6 +2,8 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <isobath/core/partition.hpp>
+#include <vector>
 
 namespace isobath::sensitivity {
 
@@ -25,11 +27,34 @@ class Covariance {
   ///          overflow f32 (|x| > 1e19) end in a non-finite H, which the factorization refuses.
   void add(const at::Tensor& x, const at::Tensor& weights);
 
-  /// [d, d] f32, symmetric.
-  [[nodiscard]] at::Tensor value() const;
+  /// [d, d] f32, symmetric; in place, so nothing can be added afterwards.
+  [[nodiscard]] at::Tensor take();
 
  private:
   at::Tensor upper_;
+};
+
+/// Panels of the upper triangle of such an H, for matrices too wide to stand whole anywhere: columns
+/// [begin, end) and their rows [0, end).
+///
+/// Memory   the panels, f32, and n·end f32 during a call.
+///
+/// Cost     n·end·width multiply-adds per panel and call.
+class CovariancePanels {
+ public:
+  /// columns: of each panel, of one H.
+  explicit CovariancePanels(std::vector<Range> columns, c10::Device device = c10::Device(c10::kCPU));
+
+  /// As Covariance::add; x may be wider than the last panel's end.
+  void add(const at::Tensor& x, const at::Tensor& weights);
+
+  /// The panels [end, width] f32, of which the upper triangle counts; all sums start again from zero.
+  [[nodiscard]] std::vector<at::Tensor> take();
+
+ private:
+  std::vector<Range> columns_;
+  c10::Device device_;
+  std::vector<at::Tensor> panels_;
 };
 
 /// Literal reference: f64 Xᵀ diag(D) X by plain loops over [n, d] f64 input.

@@ -1,0 +1,97 @@
+#include <isobath/pipeline/panel_factor.hpp>
+
+#include <ATen/ATen.h>
+
+#include <isobath/comm/tree_sum.hpp>
+#include <isobath/core/trace.hpp>
+#include <isobath/pipeline/share.hpp>
+#include <isobath/sensitivity/covariance.hpp>
+
+namespace isobath::pipeline {
+
+std::vector<at::Tensor> sum_panels(const PanelLayout& layout, const std::vector<int>& shard_owners,
+                                   const comm::Communicator& comm, c10::Device device,
+                                   const ForEachRows& for_each_rows) {
+  std::vector<at::Tensor> panels(layout.columns.size());
+  for (size_t end = panels.size(); end > 0;) {
+    const size_t first = end - std::min(end, kPanelsPerPass);
+    sensitivity::CovariancePanels sums({layout.columns.begin() + static_cast<std::ptrdiff_t>(first),
+                                        layout.columns.begin() + static_cast<std::ptrdiff_t>(end)},
+                                       device);
+    std::vector<comm::TreeSum> trees;
+    for (size_t p = first; p < end; ++p) trees.emplace_back(shard_owners, comm.rank());
+    {
+      const trace::Span span("covariance");
+      for_each_rows([&](const at::Tensor& x, const at::Tensor& weights) { sums.add(x, weights); },
+                    [&](int64_t shard) {
+                      std::vector<at::Tensor> total = sums.take();
+                      for (size_t p = 0; p < trees.size(); ++p) trees[p].add(shard, total[p].cpu());
+                    });
+    }
+    const trace::Span span("reduction of H");
+    for (size_t p = first; p < end; ++p) {
+      panels[p] = trees[p - first].reduce_to(layout.owner(p), comm);
+      if (comm.rank() == layout.owner(p)) quant::check_finite(panels[p], layout.columns[p].begin);
+    }
+    end = first;
+  }
+  return panels;
+}
+
+at::Tensor share_diagonal(const std::vector<at::Tensor>& panels, const PanelLayout& layout,
+                          const comm::Communicator& comm) {
+  at::Tensor diagonal = at::zeros({layout.columns.back().end}, at::kDouble);
+  for (size_t p = 0; p < panels.size(); ++p) {
+    if (comm.rank() != layout.owner(p)) continue;
+    const Range columns = layout.columns[p];
+    diagonal.slice(0, columns.begin, columns.end).copy_(panels[p].slice(0, columns.begin).diagonal());
+  }
+  share_disjoint(diagonal, comm);
+  return diagonal;
+}
+
+bool factorize_panels(std::vector<at::Tensor> panels, const PanelLayout& layout, quant::Factor& factor,
+                      const comm::Communicator& comm) {
+  const trace::Span span("factorize panels");
+  for (at::Tensor& panel : panels)
+    if (panel.defined()) panel = quant::damped_panel(panel, factor);
+  factor.curvature.zero_();
+  for (size_t p = panels.size(); p-- > 0;) {
+    const int owner = layout.owner(p);
+    const Range columns = layout.columns[p];
+    at::Tensor current;
+    std::array<int64_t, 1> is_positive{1};
+    if (comm.rank() == owner) {
+      current = std::move(panels[p]);
+      std::optional<quant::FeedbackPanel> feedback;
+      if (quant::factorize_panel(current)) feedback = quant::feedback_panel(current);
+      is_positive[0] = feedback ? 1 : 0;
+      if (feedback) {
+        factor.panels[p] = std::move(feedback->panel);
+        factor.curvature.slice(0, columns.begin, columns.end).copy_(feedback->curvature);
+      }
+    }
+    comm.broadcast(std::span<int64_t>(is_positive), owner);
+    if (is_positive[0] == 0) return false;
+    if (p == 0) break;
+    if (comm.rank() != owner) current = at::empty({columns.end, columns.size()}, at::kDouble);
+    comm.broadcast(current, owner);
+    for (size_t earlier = 0; earlier < p; ++earlier)
+      if (panels[earlier].defined()) quant::subtract_panel(panels[earlier], current);
+  }
+  share_disjoint(factor.curvature, comm);
+  return true;
+}
+
+at::Tensor share_panel(const quant::Factor& factor, const PanelLayout& layout, size_t panel,
+                       const comm::Communicator& comm) {
+  const trace::Span span("factor to all ranks");
+  const Range columns = layout.columns[panel];
+  const int owner = layout.owner(panel);
+  at::Tensor shared =
+      comm.rank() == owner ? factor.panels[panel] : at::empty({columns.end, columns.size()}, at::kFloat);
+  comm.broadcast(shared, owner);
+  return shared;
+}
+
+}  // namespace isobath::pipeline
