@@ -7,6 +7,8 @@ int main(int argc, char** argv) {
   // unmapped again.
   mallopt(M_MMAP_THRESHOLD, 32 << 20);  // the most that older C libraries take
   mallopt(M_TRIM_THRESHOLD, 1 << 30);
+  // Threads that read or write a block leave their memory to the one that computes.
+  mallopt(M_ARENA_MAX, 1);
   isobath::comm::Runtime runtime(argc, argv);
   return isobath::cli::guarded_main(argc, argv, runtime);
 }

@@ -40,9 +40,9 @@ void add_run_keys(Table& t) {
       "Precision of activations and weights in compute; auto takes the checkpoint's where the device is fast "
       "in it.");
   t.word(
-      "residency", [](auto& c) -> auto& { return c.residency; }, {"resident"},
-      "Where weights stay during a run; resident keeps a stage's blocks in memory.",
-      " (the only residency of this version)");
+      "residency", [](auto& c) -> auto& { return c.residency; }, {"resident", "streamed"},
+      "Where weights stay during a run: resident keeps a stage's blocks in memory; streamed reads each block "
+      "when its turn comes, for models larger than memory, with the same result.");
   t.word(
       "format", [](auto& c) -> auto& { return c.format; }, {"compressed-tensors"},
       "Format of the quantized checkpoint.", " (the only format of this version)");
@@ -66,6 +66,13 @@ void add_run_keys(Table& t) {
   t.integer(
       "ranks.watchdog_s", [](auto& c) -> auto& { return c.ranks.watchdog_s; }, 0, "s",
       "Longest wait of a rank for others before it ends the job; 0 waits for ever.");
+  t.text(
+      "scratch.directory", [](auto& c) -> auto& { return c.scratch.directory; }, false,
+      "Directory of a local disk for block inputs that a measure pass with streamed weights keeps for its "
+      "backward pass; empty keeps them in memory. What is written there has no name and goes with the job.");
+  t.real(
+      "scratch.memory_gib", [](auto& c) -> auto& { return c.scratch.memory_gib; }, 0, true, 1e6,
+      "Memory of a rank for block inputs; those beyond it go to scratch.directory, if that is set.", "GiB");
   t.text(
       "calibration.tokens", [](auto& c) -> auto& { return c.calibration.tokens; }, true,
       "Token file (safetensors) of the calibration set.");
@@ -243,9 +250,11 @@ void add_closing_keys(Table& t) {
   t.integer(
       "evaluation.windows", [](auto& c) -> auto& { return c.evaluation.windows; }, 1, "windows",
       "Windows evaluated, from the start of the file.");
-  t.integer(
-      "checkpoint.every_blocks", [](auto& c) -> auto& { return c.checkpoint.every_blocks; }, 1, "blocks",
-      "Quantized blocks between two saved states.");
+  t.integer_or_auto(
+      "checkpoint.every_blocks", [](auto& c) -> auto& { return c.checkpoint.every_blocks; }, 1'000'000,
+      "blocks",
+      "Quantized blocks between two saved states; auto saves as often as 2 % of the time allow, after every "
+      "block at most.");
   t.integer(
       "checkpoint.keep", [](auto& c) -> auto& { return c.checkpoint.keep; }, 1, "generations",
       "Saved states kept; with 2 a damaged newest one costs one interval.");

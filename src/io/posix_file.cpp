@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <unistd.h>
+#include <cstdlib>
 
 #include <cerrno>
 #include <isobath/core/error.hpp>
@@ -52,6 +53,13 @@ PosixFile PosixFile::create(const fs::path& path) {
   const int descriptor = ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
   if (descriptor < 0) fail_io("create", path, errno);
   return {path, descriptor};
+}
+
+PosixFile PosixFile::create_nameless(std::string& name_template) {
+  const int descriptor = ::mkostemp(name_template.data(), O_CLOEXEC);
+  if (descriptor < 0) fail_io("create", name_template, errno);
+  ::unlink(name_template.c_str());
+  return {name_template, descriptor};
 }
 
 struct stat PosixFile::status() const {

@@ -38,6 +38,9 @@ class PosixFile {
   [[nodiscard]] static PosixFile open_for_reading(const std::filesystem::path& path);
   /// A new file. What stands there is removed first, never followed: it may be a link out of the directory.
   [[nodiscard]] static PosixFile create(const std::filesystem::path& path);
+  /// A new file for reading and writing whose name is gone again at once. name_template: ends in XXXXXX,
+  /// becomes the name it had.
+  [[nodiscard]] static PosixFile create_nameless(std::string& name_template);
 
   [[nodiscard]] struct stat status() const;
   /// Number of bytes read: less than asked for only at the end of the file.

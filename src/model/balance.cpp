@@ -74,9 +74,10 @@ std::vector<Range> balance_stages(const ModelConfig& config, int64_t length, int
 }
 
 int64_t shards_per_segment(int64_t n_microbatches, int64_t n_shards, int64_t n_stages) {
-  constexpr int64_t kMicrobatchesPerStage = 8;
+  // One stage has nothing to drain.
+  const int64_t per_stage = n_stages > 1 ? 32 : 8;
   const int64_t microbatches_per_shard = std::max<int64_t>(1, n_microbatches / n_shards);
-  return std::max<int64_t>(1, kMicrobatchesPerStage * n_stages / microbatches_per_shard);
+  return std::max<int64_t>(1, per_stage * n_stages / microbatches_per_shard);
 }
 
 int64_t count_kept_blocks(const ModelConfig& config, int64_t n_tokens, int64_t element_size,

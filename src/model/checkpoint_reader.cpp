@@ -13,6 +13,9 @@ constexpr const char* kEmbedding = "model.embed_tokens.weight";
 constexpr const char* kFinalNorm = "model.norm.weight";
 constexpr const char* kLmHead = "lm_head.weight";
 
+// What is converted to the compute dtype at once.
+constexpr int64_t kPieceBytes = int64_t{16} << 20;
+
 std::string block_prefix(int64_t block) {
   return fmt::format("model.layers.{}.", block);
 }
@@ -92,22 +95,32 @@ void validate(const ModelConfig& config, const io::ShardedReader& tensors, bool 
   validation.finish();
 }
 
-at::Tensor finite(const io::ShardedReader& tensors, const std::string& name, const at::Tensor& stored,
-                  at::ScalarType dtype, c10::Device device) {
-  at::Tensor converted = stored.to(at::TensorOptions(dtype).device(device));
+/// `converted` if all of it is finite. stored: dtype in the checkpoint.
+at::Tensor finite(const io::ShardedReader& tensors, const std::string& name, at::Tensor converted,
+                  at::ScalarType stored) {
   // Minimum and maximum carry a NaN through and show an infinity: one pass, where isfinite().all() takes
   // several.
   const auto [smallest, largest] = at::aminmax(converted);
   if (std::isfinite(smallest.item<double>()) && std::isfinite(largest.item<double>())) return converted;
   const auto n_bad = at::isfinite(converted).logical_not().sum().item<int64_t>();
   fail<NumericError>("{}: tensor {}: {} of {} values are not finite as {} (stored as {})",
-                     tensors.directory().string(), name, n_bad, converted.numel(), c10::toString(dtype),
-                     c10::toString(stored.scalar_type()));
+                     tensors.directory().string(), name, n_bad, converted.numel(),
+                     c10::toString(converted.scalar_type()), c10::toString(stored));
 }
 
 at::Tensor read_finite(const io::ShardedReader& tensors, const std::string& name, at::ScalarType dtype,
                        c10::Device device) {
-  return finite(tensors, name, tensors.read(name), dtype, device);
+  const io::TensorInfo& info = tensors.info(name);
+  if (info.dtype == dtype && device.is_cpu()) return finite(tensors, name, tensors.read(name), dtype);
+  // Piece by piece, so that a large matrix does not stand here twice.
+  at::Tensor converted = at::empty(info.shape, at::TensorOptions(dtype).device(device));
+  const int64_t n_rows = info.shape[0], row_bytes = std::max<int64_t>(1, (info.end - info.begin) / n_rows);
+  const int64_t piece = std::max<int64_t>(1, kPieceBytes / row_bytes);
+  for (int64_t row = 0; row < n_rows; row += piece) {
+    const int64_t end = std::min(n_rows, row + piece);
+    converted.slice(0, row, end).copy_(tensors.read_rows(name, row, end));
+  }
+  return finite(tensors, name, std::move(converted), info.dtype);
 }
 
 }  // namespace
@@ -147,7 +160,8 @@ BlockWeights CheckpointReader::read_block(int64_t block, at::ScalarType dtype, c
             tensors_->directory().string(), module, fmt::join(expected, ", "),
             decoded.defined() ? fmt::format("[{}]", fmt::join(decoded.sizes(), ", ")) : "none");
       }
-      linear.weight = finite(*tensors_, module + ".weight_packed", decoded, dtype, device);
+      linear.weight = finite(*tensors_, module + ".weight_packed",
+                             decoded.to(at::TensorOptions(dtype).device(device)), decoded.scalar_type());
     }
     if (shape.has_bias) linear.bias = read_finite(*tensors_, module + ".bias", dtype, device);
   }

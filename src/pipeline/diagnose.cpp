@@ -38,6 +38,7 @@ config::RunConfig probe_config(const config::RunConfig& config, const DiagnoseRe
   probe.ranks.stages = 1;
   probe.ranks.replicas = n_ranks;
   probe.compute_dtype = "float32";
+  probe.residency = "resident";  // every block is visited for every linear that is measured
   if (!request.tokens.empty()) probe.calibration.tokens = request.tokens;
   probe.calibration.sequences = request.sequences;
   probe.calibration.logical_shards = request.sequences;
@@ -60,11 +61,13 @@ std::vector<int64_t> spread_places(int64_t n, int64_t n_chosen) {
 
 class Diagnosing {
  public:
-  Diagnosing(const Session& session, const CalibrationSet& probe, const StageWeights& original,
-             const StageWeights& quantized, const DiagnoseRequest& request)
+  Diagnosing(const Session& session, const CalibrationSet& probe, const model::WeightStore& original,
+             const model::WeightStore& quantized, const DiagnoseRequest& request)
       : session_(session),
         probe_(probe),
         original_(original),
+        embedding_(original.embedding()),
+        head_(original.head()),
         quantized_(quantized),
         n_samples_(request.samples),
         rotary_(model::Rotary::make(session.model(), probe.tokens.length(), session.device)) {
@@ -130,10 +133,10 @@ class Diagnosing {
     const trace::Span span("diagnose sequence", sequence.index);
     const at::Tensor tokens = probe_.tokens_of(sequence.sequences).to(session_.device);
     std::vector<at::Tensor> inputs;  // of each block
-    at::Tensor hidden = model::embed(original_.embedding, tokens);
-    for (const auto& [block, weights] : original_.blocks) {
+    at::Tensor hidden = model::embed(embedding_, tokens);
+    for (int64_t block = 0; block < session_.model().n_blocks; ++block) {
       inputs.push_back(hidden);
-      hidden = model::block_forward(session_.model(), rotary_, weights, hidden);
+      hidden = model::block_forward(session_.model(), rotary_, original_.block(block), hidden);
     }
     score(sequence, tokens, inputs, hidden);
     progress.advance();
@@ -148,8 +151,7 @@ class Diagnosing {
              const std::vector<at::Tensor>& inputs, const at::Tensor& last) {
     const auto loss_of = [&](model::LossKind kind, int64_t n_samples) {
       return model::loss_and_gradient(
-          session_.model(), original_.head, last, tokens, probe_.lengths_of(sequence.sequences),
-          sequence.sequences,
+          session_.model(), head_, last, tokens, probe_.lengths_of(sequence.sequences), sequence.sequences,
           {.kind = kind, .n_samples = n_samples, .seed = session_.config.calibration.seed});
     };
     const model::LossResult data = loss_of(model::LossKind::nll, 1);
@@ -157,7 +159,7 @@ class Diagnosing {
     at::Tensor gradients = at::cat({data.gradient, loss_of(model::LossKind::fisher, n_samples_).gradient});
     const at::Tensor mask = probe_.mask_of(sequence.sequences);
     for (int64_t block = session_.model().n_blocks - 1; block >= 0; --block) {
-      const model::BlockWeights& weights = original_.blocks.at(block);
+      const model::BlockWeights weights = original_.block(block);
       model::BlockActivations activations;
       (void)model::block_forward(session_.model(), rotary_, weights, inputs[static_cast<size_t>(block)],
                                  &activations);
@@ -178,8 +180,8 @@ class Diagnosing {
     const auto place = place_of_.find(key);
     if (place == place_of_.end()) return;
     const auto& [block, projection] = key;
-    const at::Tensor &before = original_.blocks.at(block)[projection].weight,
-                     &after = quantized_.blocks.at(block)[projection].weight;
+    const at::Tensor before = original_.block(block)[projection].weight,
+                     after = quantized_.block(block)[projection].weight;
     const sensitivity::PerturbationScores scores = sensitivity::perturbation_scores(
         x, gradient, mask, sensitivity::token_weights(gradient, 1).select(2, 0), 1,
         [&](int64_t, Range rows) {
@@ -206,22 +208,21 @@ class Diagnosing {
     const at::Tensor& input = inputs[static_cast<size_t>(chosen.block)];
     std::vector<at::Tensor> states;
     for (const double step : {1.0, kSmallStep}) {
-      model::BlockWeights changed = original_.blocks.at(chosen.block);
+      model::BlockWeights changed = original_.block(chosen.block);
       for (const Projection projection : chosen.projections)
         changed[projection].weight =
-            at::lerp(changed[projection].weight, quantized_.blocks.at(chosen.block)[projection].weight, step);
+            at::lerp(changed[projection].weight, quantized_.block(chosen.block)[projection].weight, step);
       states.push_back(model::block_forward(session_.model(), rotary_, changed, input));
     }
     at::Tensor hidden = at::cat(states);
     for (int64_t block = chosen.block + 1; block < session_.model().n_blocks; ++block)
-      hidden = model::block_forward(session_.model(), rotary_, original_.blocks.at(block), hidden);
+      hidden = model::block_forward(session_.model(), rotary_, original_.block(block), hidden);
     // Padding predicts nothing.
     const auto length = probe_.lengths_of(sequence.sequences)[0].item<int64_t>();
     const auto real = [&](const at::Tensor& all) { return all.slice(1, 0, length); };
     const std::vector<evaluate::TokenMetrics> found = evaluate::compare(
-        session_.model(), {&original_.head, real(last)},
-        {{&original_.head, real(hidden.slice(0, 0, 1))}, {&original_.head, real(hidden.slice(0, 1, 2))}},
-        real(tokens));
+        session_.model(), {&head_, real(last)},
+        {{&head_, real(hidden.slice(0, 0, 1))}, {&head_, real(hidden.slice(0, 1, 2))}}, real(tokens));
     const at::Tensor row = found_.changes[sequence.index][static_cast<int64_t>(part)];
     row[kKl] = found[0].kl.sum(at::kDouble);
     row[kKlOfTenth] = found[1].kl.sum(at::kDouble);
@@ -230,7 +231,10 @@ class Diagnosing {
 
   const Session& session_;
   const CalibrationSet& probe_;
-  const StageWeights &original_, &quantized_;
+  const model::WeightStore& original_;
+  at::Tensor embedding_;
+  model::HeadWeights head_;
+  const model::WeightStore& quantized_;
   int64_t n_samples_;
   model::Rotary rotary_;
   std::map<std::pair<int64_t, Projection>, int64_t> place_of_;  // of a linear in modules
@@ -288,8 +292,8 @@ void diagnose(const config::RunConfig& config, const DiagnoseRequest& request,
               ExitCode::config);
   const Session session = open_session(probe_config(config, request, world.size()), request.sequences, world);
   const CalibrationSet probe = open_calibration(session);
-  const StageWeights original = load_stage(session, *session.source);
-  const StageWeights quantized = load_version(session, checkpoint);
+  const model::WeightStore original = open_weights(session, session.source);
+  const model::WeightStore quantized = open_version(session, checkpoint);
   Diagnosis diagnosis = Diagnosing(session, probe, original, quantized, request).run();
   std::string table;
   world.agree_on([&] {

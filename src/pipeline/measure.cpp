@@ -10,13 +10,13 @@
 #include <isobath/core/trace.hpp>
 #include <isobath/io/files.hpp>
 #include <isobath/model/balance.hpp>
-#include <isobath/model/head.hpp>
-#include <isobath/pipeline/block_observer.hpp>
 #include <isobath/pipeline/link.hpp>
 #include <isobath/pipeline/schedule.hpp>
 #include <isobath/pipeline/share.hpp>
 #include <isobath/report/progress.hpp>
 #include <nlohmann/json.hpp>
+
+#include "measure_steps.hpp"
 
 namespace isobath::pipeline {
 namespace {
@@ -24,29 +24,30 @@ namespace {
 /// The blocks of one stage, driven by the steps of the schedule.
 class Stage {
  public:
-  Stage(const Session& session, const CalibrationSet& calibration, const StageWeights& weights,
+  Stage(const Session& session, const CalibrationSet& calibration, const model::WeightStore& weights,
         const MeasurePass& pass, bool only_token_weights)
       : session_(session),
         calibration_(calibration),
         weights_(weights),
-        pass_(pass),
+        steps_(session, calibration, pass),
         entry_stage_(session.stage_of(pass.first_block)),
         blocks_{std::max(session.my_blocks().begin, pass.first_block), session.my_blocks().end},
         forward_(session.grid->pipeline(), session.device, is_entry() ? -1 : session.grid->stage() - 1,
                  session.is_last_stage() ? -1 : session.grid->stage() + 1),
         backward_(session.grid->pipeline(), session.device,
                   session.is_last_stage() ? -1 : session.grid->stage() + 1,
-                  is_entry() ? -1 : session.grid->stage() - 1),
-        rotary_(model::Rotary::make(session.model(), calibration.tokens.length(), session.device)),
-        loss_(loss_of(session, pass)) {
-    if (takes_part())
-      for (int64_t block = blocks_.begin; block < blocks_.end; ++block)
-        observers_.emplace_back(
-            session, calibration, block,
-            BlockObserver::Options{
-                .n_samples = loss_.n_samples,
-                .only_token_weights = only_token_weights,
-                .perturbed = pass.with_perturbations ? &weights.blocks.at(block) : nullptr});
+                  is_entry() ? -1 : session.grid->stage() - 1) {
+    if (!takes_part()) return;
+    for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
+      const model::BlockWeights perturbed = weights.block(block);
+      observers_.emplace_back(
+          session, calibration, block,
+          BlockObserver::Options{.n_samples = steps_.loss().n_samples,
+                                 .only_token_weights = only_token_weights,
+                                 .perturbed = pass.with_perturbations ? &perturbed : nullptr});
+    }
+    if (is_entry() && !pass.source) embedding_ = weights.embedding();
+    if (session.is_last_stage()) head_ = weights.head();
   }
 
   [[nodiscard]] bool takes_part() const { return session_.grid->stage() >= entry_stage_; }
@@ -71,10 +72,8 @@ class Stage {
         forward(microbatch);
         if (has_next && !is_entry()) expect_hidden(microbatches[static_cast<size_t>(step.microbatch + 1)]);
       } else {
-        const bool closes_shard =
-            !has_next || microbatches[static_cast<size_t>(step.microbatch + 1)].shard != microbatch.shard;
         const trace::Span span("backward", microbatch.index);
-        backward(microbatch, closes_shard, losses);
+        backward(microbatch, closes_shard(microbatches, static_cast<size_t>(step.microbatch)), losses);
         if (has_next && !session_.is_last_stage())
           expect_gradient(microbatches[static_cast<size_t>(step.microbatch + 1)]);
         progress.advance();
@@ -85,14 +84,6 @@ class Stage {
   }
 
  private:
-  static model::LossSpec loss_of(const Session& session, const MeasurePass& pass) {
-    const std::string& loss = pass.loss.empty() ? session.config.sensitivity.loss : pass.loss;
-    return {.kind = loss == "fisher" ? model::LossKind::fisher
-                    : loss == "kl"   ? model::LossKind::kl
-                                     : model::LossKind::nll,
-            .n_samples = loss == "fisher" ? session.config.sensitivity.samples : 1,
-            .seed = session.config.calibration.seed};
-  }
   [[nodiscard]] at::TensorOptions options() const {
     return at::TensorOptions().dtype(session_.dtype).device(session_.device);
   }
@@ -104,7 +95,7 @@ class Stage {
   }
   void expect_gradient(const data::Microbatch& microbatch) {
     std::vector<int64_t> shape = hidden_shape(microbatch);
-    shape.insert(shape.begin(), loss_.n_samples);
+    shape.insert(shape.begin(), steps_.loss().n_samples);
     backward_.expect(shape, options());
   }
 
@@ -115,20 +106,12 @@ class Stage {
 
   void forward(const data::Microbatch& microbatch) {
     const at::NoGradGuard no_grad;
-    at::Tensor hidden;
-    if (!is_entry())
-      hidden = arrived(forward_);
-    else if (pass_.source)
-      hidden = pass_.source(microbatch);
-    else
-      hidden =
-          model::embed(weights_.embedding, calibration_.tokens_of(microbatch.sequences).to(session_.device));
+    at::Tensor hidden = is_entry() ? steps_.enter(embedding_, microbatch) : arrived(forward_);
     InFlight& kept = in_flight_[microbatch.index];
     for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
       model::BlockActivations& activations = kept.blocks.emplace_back();
       const at::Tensor input = hidden;
-      hidden =
-          model::block_forward(session_.model(), rotary_, weights_.blocks.at(block), input, &activations);
+      hidden = steps_.forward(weights_.block(block), input, &activations);
       // The last blocks, whose backward passes come first, keep their activations; the others only their
       // input.
       if (block < blocks_.end - n_kept_blocks_) activations = model::BlockActivations::of_input(input);
@@ -139,49 +122,18 @@ class Stage {
       forward_.send(hidden);
   }
 
-  void backward(const data::Microbatch& microbatch, bool closes_shard, at::Tensor& losses) {
+  void backward(const data::Microbatch& microbatch, bool is_last_of_shard, at::Tensor& losses) {
     InFlight kept = std::move(in_flight_.at(microbatch.index));
     in_flight_.erase(microbatch.index);
-    at::Tensor gradient;  // [n_samples, b, T, d_model]
-    if (session_.is_last_stage()) {
-      model::LossResult loss =
-          model::loss_and_gradient(session_.model(), weights_.head, kept.output,
-                                   calibration_.tokens_of(microbatch.sequences).to(session_.device),
-                                   calibration_.lengths_of(microbatch.sequences), microbatch.sequences, loss_,
-                                   pass_.original ? pass_.original(microbatch) : at::Tensor());
-      losses[microbatch.index][0] = loss.nll_sum;
-      losses[microbatch.index][1] = static_cast<double>(loss.n_predicted);
-      losses[microbatch.index][2] = loss.kl_sum;
-      gradient = std::move(loss.gradient);
-    } else {
-      gradient = arrived(backward_);
-    }
+    at::Tensor gradient = session_.is_last_stage()
+                              ? steps_.loss_gradient(head_, kept.output, microbatch, losses)
+                              : arrived(backward_);
     for (int64_t block = blocks_.end - 1; block >= blocks_.begin; --block) {
-      gradient = backward_through(block, kept.blocks.back(), gradient, microbatch, closes_shard);
+      gradient = steps_.backward(weights_.block(block), kept.blocks.back(), gradient, microbatch,
+                                 is_last_of_shard, observers_[static_cast<size_t>(block - blocks_.begin)]);
       kept.blocks.pop_back();
     }
     if (!is_entry()) backward_.send(gradient);
-  }
-
-  at::Tensor backward_through(int64_t block, model::BlockActivations& activations, const at::Tensor& gradient,
-                              const data::Microbatch& microbatch, bool closes_shard) {
-    const at::NoGradGuard no_grad;
-    BlockObserver& observer = observers_[static_cast<size_t>(block - blocks_.begin)];
-    const model::BlockWeights& weights = weights_.blocks.at(block);
-    if (!activations.middle.defined())
-      (void)model::block_forward(session_.model(), rotary_, weights, at::Tensor(activations.input),
-                                 &activations);
-    std::vector<at::Tensor> input_gradients;
-    for (int64_t sample = 0; sample < loss_.n_samples; ++sample) {
-      observer.begin(microbatch, sample);
-      input_gradients.push_back(model::block_backward(
-          session_.model(), rotary_, weights, activations, gradient[sample],
-          [&](model::Projection projection, const at::Tensor& x, const at::Tensor& output_gradient) {
-            observer.observe(projection, x, output_gradient);
-          }));
-    }
-    observer.finish_microbatch(closes_shard);
-    return at::stack(input_gradients);
   }
 
   /// Blocks of this stage whose activations fit the memory set aside for all microbatches in flight.
@@ -195,13 +147,13 @@ class Stage {
 
   const Session& session_;
   const CalibrationSet& calibration_;
-  const StageWeights& weights_;
-  const MeasurePass& pass_;
+  const model::WeightStore& weights_;
+  at::Tensor embedding_;     // on the entry stage without a source
+  model::HeadWeights head_;  // on the last stage
+  MeasureSteps steps_;
   int entry_stage_;
   Range blocks_;
   Link forward_, backward_;
-  model::Rotary rotary_;
-  model::LossSpec loss_;
   std::vector<BlockObserver> observers_;
   /// A microbatch between its forward and its backward pass.
   struct InFlight {
@@ -212,40 +164,11 @@ class Stage {
   int64_t n_kept_blocks_ = count_kept_blocks();
 };
 
-}  // namespace
-
-StatisticsHeader statistics_header(const Session& session, const CalibrationSet& calibration,
-                                   const std::string& loss_of_pass) {
-  const config::Sensitivity& sensitivity = session.config.sensitivity;
-  const std::string& loss = loss_of_pass.empty() ? sensitivity.loss : loss_of_pass;
-  return {{"format", "isobath statistics 1"},
-          {"model", session.source->tensors().fingerprint()},
-          {"tokens", calibration.tokens.digest},
-          {"n_sequences", std::to_string(calibration.tokens.n_sequences())},
-          {"length", std::to_string(calibration.tokens.length())},
-          {"microbatch", std::to_string(session.config.calibration.microbatch)},
-          {"logical_shards", std::to_string(calibration.shards.n_shards())},
-          {"seed", std::to_string(session.config.calibration.seed)},
-          {"loss", loss},
-          {"samples", std::to_string(loss == "fisher" ? sensitivity.samples : 1)},
-          {"row_groups",
-           fmt::format("{}{}", sensitivity.row_groups,
-                       sensitivity.row_groups > 1 && sensitivity.grouping == "head" ? " by head" : "")},
-          {"per_sequence", sensitivity.per_sequence},
-          {"probes", std::to_string(sensitivity.per_sequence == "probes" ? sensitivity.probes : 0)},
-          {"compute_dtype", c10::toString(session.dtype)}};
-}
-
-MeasureResult measure(const Session& session, const CalibrationSet& calibration, const StageWeights& weights,
-                      const MeasurePass& pass, report::EventLog& events) {
-  const Timer timer;
+// One forward, one backward, with resident weights; losses as in measure_streamed.
+void measure_pipelined(const Session& session, const CalibrationSet& calibration,
+                       const model::WeightStore& weights, const MeasurePass& pass, at::Tensor& losses) {
   const comm::Communicator& world = session.world();
   const comm::GridShape shape = session.grid->shape();
-  comm::Watchdog::set_activity(pass.title);
-  world.agree_on([&] {
-    if (world.rank() == 0) io::make_directories(pass.directory);
-  });
-
   // Each replica takes its logical shards, a segment at a time; a segment is whole shards.
   Stage stage(session, calibration, weights, pass, /*only_token_weights=*/false);
   const data::ShardPlan& shards = calibration.shards;
@@ -253,7 +176,6 @@ MeasureResult measure(const Session& session, const CalibrationSet& calibration,
   const auto n_microbatches = static_cast<int64_t>(shards.microbatches().size());
   const int64_t per_segment = model::shards_per_segment(n_microbatches, shards.n_shards(), shape.stages);
   const int64_t n_segments = (shards.shards_of(0, shape.replicas).size() + per_segment - 1) / per_segment;
-  at::Tensor losses = at::zeros({n_microbatches, 3}, at::kDouble);  // nll, tokens and KL of each
 
   {
     report::Progress progress(
@@ -293,6 +215,46 @@ MeasureResult measure(const Session& session, const CalibrationSet& calibration,
     }
   }
   world.agree(failure, code);
+}
+
+}  // namespace
+
+StatisticsHeader statistics_header(const Session& session, const CalibrationSet& calibration,
+                                   const std::string& loss_of_pass) {
+  const config::Sensitivity& sensitivity = session.config.sensitivity;
+  const std::string& loss = loss_of_pass.empty() ? sensitivity.loss : loss_of_pass;
+  return {{"format", "isobath statistics 1"},
+          {"model", session.source->tensors().fingerprint()},
+          {"tokens", calibration.tokens.digest},
+          {"n_sequences", std::to_string(calibration.tokens.n_sequences())},
+          {"length", std::to_string(calibration.tokens.length())},
+          {"microbatch", std::to_string(session.config.calibration.microbatch)},
+          {"logical_shards", std::to_string(calibration.shards.n_shards())},
+          {"seed", std::to_string(session.config.calibration.seed)},
+          {"loss", loss},
+          {"samples", std::to_string(loss == "fisher" ? sensitivity.samples : 1)},
+          {"row_groups",
+           fmt::format("{}{}", sensitivity.row_groups,
+                       sensitivity.row_groups > 1 && sensitivity.grouping == "head" ? " by head" : "")},
+          {"per_sequence", sensitivity.per_sequence},
+          {"probes", std::to_string(sensitivity.per_sequence == "probes" ? sensitivity.probes : 0)},
+          {"compute_dtype", c10::toString(session.dtype)}};
+}
+
+MeasureResult measure(const Session& session, const CalibrationSet& calibration,
+                      const model::WeightStore& weights, const MeasurePass& pass, report::EventLog& events) {
+  const Timer timer;
+  const comm::Communicator& world = session.world();
+  comm::Watchdog::set_activity(pass.title);
+  world.agree_on([&] {
+    if (world.rank() == 0) io::make_directories(pass.directory);
+  });
+  const auto n_microbatches = static_cast<int64_t>(calibration.shards.microbatches().size());
+  at::Tensor losses = at::zeros({n_microbatches, 3}, at::kDouble);  // nll, tokens and KL of each
+  if (weights.is_streamed())
+    measure_streamed(session, calibration, weights, pass, losses);
+  else
+    measure_pipelined(session, calibration, weights, pass, losses);
 
   share_disjoint(losses, world);
   MeasureResult result;
@@ -306,16 +268,19 @@ MeasureResult measure(const Session& session, const CalibrationSet& calibration,
   const auto n_tokens = static_cast<double>(std::max<int64_t>(1, result.n_tokens));
   result.nll_per_token = nll / n_tokens;
   if (pass.original) result.kl_per_token = kl / n_tokens;
-  nlohmann::json event = {{"title", pass.title},       {"first_block", pass.first_block},
-                          {"loss", header.at("loss")}, {"seconds", result.wall_s},
-                          {"tokens", result.n_tokens}, {"nll_per_token", result.nll_per_token}};
+  nlohmann::json event = {{"title", pass.title},
+                          {"first_block", pass.first_block},
+                          {"loss", pass.loss.empty() ? session.config.sensitivity.loss : pass.loss},
+                          {"seconds", result.wall_s},
+                          {"tokens", result.n_tokens},
+                          {"nll_per_token", result.nll_per_token}};
   if (result.kl_per_token) event["kl_per_token"] = *result.kl_per_token;
   events.write("measured", event);
   return result;
 }
 
 std::map<int64_t, std::array<at::Tensor, model::kProjections>> measure_token_weights(
-    const Session& session, const CalibrationSet& calibration, const StageWeights& weights,
+    const Session& session, const CalibrationSet& calibration, const model::WeightStore& weights,
     const MeasurePass& pass, const std::vector<data::Microbatch>& probe) {
   comm::Watchdog::set_activity(pass.title);
   const Range local =
@@ -326,21 +291,12 @@ std::map<int64_t, std::array<at::Tensor, model::kProjections>> measure_token_wei
     if (local.contains(microbatch.sequences.begin)) mine.push_back(microbatch);
     n_sequences += microbatch.sequences.size();
   }
-  Stage stage(session, calibration, weights, pass, /*only_token_weights=*/true);
-  at::Tensor losses =
-      at::zeros({std::ssize(calibration.shards.microbatches()), 3}, at::kDouble);  // of no interest here
-  {
-    report::Progress progress(
-        pass.title, std::ssize(mine), "microbatches", 0,
-        session.world().rank() == session.grid->world_rank(session.stage_of(pass.first_block), 0));
-    stage.run(mine, losses, progress);
-  }
 
   std::map<int64_t, std::array<at::Tensor, model::kProjections>> found;
-  for (size_t i = 0; i < stage.observers().size(); ++i) {
-    auto& modules = found[stage.blocks().begin + static_cast<int64_t>(i)];
+  const auto gather = [&](int64_t block, BlockObserver& observer) {
+    auto& modules = found[block];
     for (int p = 0; p < model::kProjections; ++p) {
-      const at::Tensor& observed = stage.observers()[i].token_weights(static_cast<model::Projection>(p));
+      const at::Tensor& observed = observer.token_weights(static_cast<model::Projection>(p));
       at::Tensor& all = modules[static_cast<size_t>(p)];
       all = at::zeros({n_sequences, observed.size(1), observed.size(2)}, at::kFloat);
       int64_t row = 0;
@@ -354,7 +310,22 @@ std::map<int64_t, std::array<at::Tensor, model::kProjections>> measure_token_wei
       }
       share_disjoint(all, session.grid->replicas());
     }
+  };
+  at::Tensor losses =
+      at::zeros({std::ssize(calibration.shards.microbatches()), 3}, at::kDouble);  // of no interest here
+  if (weights.is_streamed()) {
+    sweep_back(session, calibration, weights, pass, mine, /*only_token_weights=*/true, losses, gather);
+    return found;
   }
+  Stage stage(session, calibration, weights, pass, /*only_token_weights=*/true);
+  {
+    report::Progress progress(
+        pass.title, std::ssize(mine), "microbatches", 0,
+        session.world().rank() == session.grid->world_rank(session.stage_of(pass.first_block), 0));
+    stage.run(mine, losses, progress);
+  }
+  for (size_t i = 0; i < stage.observers().size(); ++i)
+    gather(stage.blocks().begin + static_cast<int64_t>(i), stage.observers()[i]);
   return found;
 }
 

@@ -10,10 +10,37 @@
 #include <isobath/pipeline/link.hpp>
 #include <isobath/report/progress.hpp>
 
+#include "sweep.hpp"
+
 namespace isobath::pipeline {
+namespace {
+
+// All microbatches through one block after the other.
+std::vector<at::Tensor> sweep_original(const Session& session, const CalibrationSet& calibration,
+                                       const model::WeightStore& weights, const model::Rotary& rotary,
+                                       const std::vector<data::Microbatch>& mine) {
+  std::vector<at::Tensor> states;
+  session.world().agree_on([&] {
+    if (session.grid->stage() != 0) return;
+    const at::Tensor embedding = weights.embedding();
+    for (const data::Microbatch& microbatch : mine)
+      states.push_back(
+          model::embed(embedding, calibration.tokens_of(microbatch.sequences).to(session.device)));
+  });
+  Sweep pass{.title = "forward pass of the original model", .blocks = {0, session.model().n_blocks}};
+  for (const data::Microbatch& microbatch : mine)
+    pass.shapes.push_back(
+        {microbatch.sequences.size(), calibration.tokens.length(), session.model().d_model});
+  pass.step = [&](int64_t, const model::BlockWeights& block_weights, int64_t, const at::Tensor& hidden) {
+    return model::block_forward(session.model(), rotary, block_weights, hidden);
+  };
+  return sweep(session, weights, pass, std::move(states));
+}
+
+}  // namespace
 
 std::map<int64_t, at::Tensor> forward_original(const Session& session, const CalibrationSet& calibration,
-                                               const StageWeights& weights) {
+                                               const model::WeightStore& weights) {
   const at::NoGradGuard no_grad;
   const comm::Communicator& world = session.world();
   const int stage = session.grid->stage();
@@ -28,15 +55,21 @@ std::map<int64_t, at::Tensor> forward_original(const Session& session, const Cal
   };
   const std::vector<data::Microbatch> mine =
       calibration.shards.microbatches_of(session.grid->replica(), session.grid->shape().replicas);
+  if (weights.is_streamed()) {
+    const std::vector<at::Tensor> states = sweep_original(session, calibration, weights, rotary, mine);
+    for (size_t i = 0; i < states.size(); ++i) outputs.emplace(mine[i].index, states[i]);
+    return outputs;
+  }
+  const at::Tensor embedding = stage == 0 ? weights.embedding() : at::Tensor();
   report::Progress progress("original", std::ssize(mine), "microbatches", 0, world.rank() == 0);
   if (stage > 0 && !mine.empty()) expect(mine[0]);
   for (size_t i = 0; i < mine.size(); ++i) {
     const trace::Span span("forward of the original", mine[i].index);
-    at::Tensor hidden = stage > 0 ? link.take()
-                                  : model::embed(weights.embedding,
-                                                 calibration.tokens_of(mine[i].sequences).to(session.device));
-    for (const auto& [block, block_weights] : weights.blocks)
-      hidden = model::block_forward(session.model(), rotary, block_weights, hidden);
+    at::Tensor hidden =
+        stage > 0 ? link.take()
+                  : model::embed(embedding, calibration.tokens_of(mine[i].sequences).to(session.device));
+    for (int64_t block = session.my_blocks().begin; block < session.my_blocks().end; ++block)
+      hidden = model::block_forward(session.model(), rotary, weights.block(block), hidden);
     if (session.is_last_stage())
       outputs.emplace(mine[i].index, hidden);
     else

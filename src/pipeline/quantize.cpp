@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <future>
 #include <isobath/comm/device_communicator.hpp>
 #include <isobath/comm/watchdog.hpp>
 #include <isobath/core/digest.hpp>
@@ -12,33 +13,20 @@
 #include <isobath/core/trace.hpp>
 #include <isobath/formats/compressed_tensors.hpp>
 #include <isobath/io/files.hpp>
+#include <isobath/pipeline/checkpoint_pace.hpp>
 #include <isobath/pipeline/hidden_streams.hpp>
 #include <isobath/pipeline/model_output.hpp>
 #include <isobath/pipeline/reestimation.hpp>
 #include <isobath/report/progress.hpp>
 #include <nlohmann/json.hpp>
 
+#include "quantize_summary.hpp"
+
 namespace isobath::pipeline {
 namespace {
 
 namespace fs = std::filesystem;
 using model::Projection;
-
-nlohmann::json to_json(const ModuleRecord& record) {
-  nlohmann::json json = {{"module", record.module},
-                         {"bits", record.bits},
-                         {"group", record.group},
-                         {"weighting", record.weighting},
-                         {"damping", record.damping},
-                         {"fallbacks", record.n_fallbacks},
-                         {"effective_samples_per_channel", record.effective_samples_per_channel},
-                         {"objective_round_to_nearest", record.objective_rounded},
-                         {"objective", record.objective},
-                         {"bits_per_weight", record.bits_per_weight}};
-  if (record.objective_asymmetric) json["objective_asymmetric"] = *record.objective_asymmetric;
-  if (record.shrinkage > 0) json["shrinkage"] = record.shrinkage;
-  return json;
-}
 
 // One behind the last block with a linear to solve; 0 for round-to-nearest, which looks at weights only.
 int64_t blocks_to_travel(const Session& session) {
@@ -54,9 +42,16 @@ int64_t blocks_to_travel(const Session& session) {
   return n_blocks;
 }
 
+// Of one saved state, all ranks: the hidden states of every sequence.
+double state_bytes(const Session& session, const CalibrationSet& calibration) {
+  const double streams = session.config.quantization.asymmetric.is_on() ? 2 : 1;
+  return streams * static_cast<double>(calibration.tokens.tokens.numel() * session.model().d_model) *
+         static_cast<double>(c10::elementSize(session.dtype));
+}
+
 class QuantizePass {
  public:
-  QuantizePass(const Session& session, const CalibrationSet& calibration, const StageWeights& weights,
+  QuantizePass(const Session& session, const CalibrationSet& calibration, const model::WeightStore& weights,
                const fs::path& statistics, checkpoint::RunDirectory& run,
                const checkpoint::Fingerprint& fingerprint, report::EventLog& events)
       : session_(session),
@@ -71,7 +66,8 @@ class QuantizePass {
         n_travelled_(blocks_to_travel(session)),
         streams_(session, calibration, session.config.quantization.asymmetric.is_on()),
         is_weighted_(n_travelled_ > 0 && session.config.quantization.weighting == "sensitivity"),
-        reestimation_(session, calibration, weights, statistics, run.path(), events) {
+        reestimation_(session, calibration, weights, statistics, run.path(), events),
+        pace_(session.config.checkpoint.every_blocks, state_bytes(session, calibration)) {
     state_.stage = "quantize";
     state_.seed = session.config.calibration.seed;
   }
@@ -116,11 +112,15 @@ class QuantizePass {
     const at::NoGradGuard no_grad;
     // The first stage holds the embedding; every rank needs its own rows once.
     const model::ModelConfig& model = session_.model();
-    at::Tensor embedding = stage_weights_.embedding.defined()
-                               ? stage_weights_.embedding
-                               : at::empty({model.vocab_size, model.d_model},
-                                           at::TensorOptions().dtype(session_.dtype).device(session_.device));
-    device_comm_.broadcast(embedding, session_.grid->world_rank(0, 0));
+    const int owner = session_.grid->world_rank(0, 0);
+    at::Tensor embedding;
+    session_.world().agree_on([&] {
+      if (session_.world().rank() == owner) embedding = stage_weights_.embedding();
+    });
+    if (!embedding.defined())
+      embedding = at::empty({model.vocab_size, model.d_model},
+                            at::TensorOptions().dtype(session_.dtype).device(session_.device));
+    device_comm_.broadcast(embedding, owner);
     streams_.embed(embedding);
   }
 
@@ -134,9 +134,11 @@ class QuantizePass {
     const model::ModelConfig& model = session_.model();
     const int owner = owner_of_block(block);
     const auto options = at::TensorOptions().dtype(session_.dtype).device(session_.device);
-    model::BlockWeights shared;
-    const auto found = stage_weights_.blocks.find(block);
-    if (found != stage_weights_.blocks.end()) shared = found->second;
+    const bool is_next_mine =
+        block + 1 < model.n_blocks && session_.world().rank() == owner_of_block(block + 1);
+    const bool is_mine = session_.world().rank() == owner || stage_weights_.holds(block);
+    model::BlockWeights shared =
+        take_block(session_, stage_weights_, block, is_mine, is_next_mine ? block + 1 : -1);
     const auto share = [&](at::Tensor& tensor, at::IntArrayRef shape) {
       if (!tensor.defined()) tensor = at::empty(shape, options);
       device_comm_.broadcast(tensor, owner);
@@ -149,15 +151,6 @@ class QuantizePass {
       if (shape.has_bias) share(shared[static_cast<Projection>(p)].bias, {shape.rows});
     }
     return shared;
-  }
-
-  [[nodiscard]] quant::GridSpec grid_of(const config::ModuleChoice& choice) const {
-    const config::Quantization& quantization = session_.config.quantization;
-    return {.bits = choice.bits,
-            .group = choice.group,
-            .symmetric = quantization.symmetric,
-            .clip_search = quantization.clip_search,
-            .storage = session_.model().dtype};
   }
 
   void quantize_block(int64_t block, report::Progress& progress) {
@@ -180,7 +173,8 @@ class QuantizePass {
         const auto choice =
             config::choice_for(session_.config.quantization, model::module_name(block, projection));
         if (choice.quantized)
-          tasks.push_back({projection, grid_of(choice), token_weights[static_cast<size_t>(projection)]});
+          tasks.push_back(
+              {projection, grid_of(session_, choice), token_weights[static_cast<size_t>(projection)]});
       }
       if (!tasks.empty()) {
         std::vector<Solved> solved = travels
@@ -218,11 +212,22 @@ class QuantizePass {
             ExitCode::internal);
   }
 
+  // All ranks hold the codes: they take turns in packing and writing, each in a thread of its own while the
+  // next block is in work.
   void write_block(int64_t block) {
-    const trace::Span span("write block", block);
+    finish_writing();
+    const comm::Communicator& world = session_.world();
+    if (world.rank() != block % world.size()) return;
+    writing_ = std::async(std::launch::async, [this, block, matrices = std::move(matrices_)] {
+      return output_.write_block(block, matrices);
+    });
+  }
+
+  // Collective: the failure of a thread that writes is one on all ranks.
+  void finish_writing() {
+    const trace::Span span("wait for a block to be written");
     session_.world().agree_on([&] {
-      if (session_.world().rank() == owner_of_block(block))
-        new_outputs_.push_back(output_.write_block(block, matrices_));
+      if (writing_.valid()) new_outputs_.push_back(writing_.get());
     });
   }
 
@@ -253,15 +258,20 @@ class QuantizePass {
 
   void save_if_due() {
     const bool stop = session_.world().any(stop_requested());
-    const int64_t every = session_.config.checkpoint.every_blocks;
     const bool is_last = state_.next_block == session_.model().n_blocks;
-    if (stop || is_last || state_.next_block % every == 0) {
+    // The first rank's clock decides for all.
+    const bool is_due = session_.world().any(session_.world().rank() == 0 &&
+                                             pace_.is_due(state_.next_block, since_saved_.seconds()));
+    if (stop || is_last || is_due) {
+      finish_writing();
       std::vector<std::pair<std::string, at::Tensor>> tensors;
       if (state_.next_block < n_travelled_) tensors = streams_.state();
       const Timer timer;
       const trace::Span span("checkpoint", state_.next_block);
       generations_.commit(state_, tensors, output_.partial_directory(), new_outputs_);
       new_outputs_.clear();
+      pace_.saved(timer.seconds());
+      since_saved_.restart();
       events_.write("checkpoint", {{"next_block", state_.next_block}, {"seconds", timer.seconds()}});
     }
     if (stop && !is_last)
@@ -270,28 +280,8 @@ class QuantizePass {
   }
 
   QuantizeResult finish(const Timer& timer) {
-    std::map<std::string, quant::GridSpec> modules;
-    std::vector<std::string> ignored{"lm_head"};
-    QuantizeResult result;
-    double bits = 0, n_weights = 0;
-    for (int64_t block = 0; block < session_.model().n_blocks; ++block) {
-      for (int p = 0; p < model::kProjections; ++p) {
-        const auto projection = static_cast<Projection>(p);
-        const std::string module = model::module_name(block, projection);
-        const auto choice = config::choice_for(session_.config.quantization, module);
-        if (!choice.quantized) {
-          ignored.push_back(module);
-          continue;
-        }
-        modules[module] = grid_of(choice);
-        const model::ModuleShape shape = model::module_shape(session_.model(), projection);
-        const double n = static_cast<double>(shape.rows) * static_cast<double>(shape.columns);
-        bits += n * quant::bits_per_weight(shape.columns, modules[module]);
-        n_weights += n;
-        ++result.n_modules;
-        ++result.modules_of_width[choice.bits];
-      }
-    }
+    OutputModules output = output_modules(session_);
+    QuantizeResult& result = output.result;
     nlohmann::json records = nlohmann::json::array();
     for (const std::string& record : state_.module_records) {
       records.push_back(nlohmann::json::parse(record));
@@ -312,8 +302,7 @@ class QuantizePass {
       if (!reestimations.empty())
         io::write_text_atomically(run_.path() / "reestimations.json", reestimations.dump(1) + "\n");
     });
-    output_.finish(modules, ignored);
-    result.bits_per_weight = n_weights > 0 ? bits / n_weights : 0;
+    output_.finish(output.grids, output.ignored);
     result.wall_s = timer.seconds();
     events_.write("quantized", {{"seconds", result.wall_s},
                                 {"bits_per_weight", result.bits_per_weight},
@@ -324,7 +313,7 @@ class QuantizePass {
 
   const Session& session_;
   const CalibrationSet& calibration_;
-  const StageWeights& stage_weights_;
+  const model::WeightStore& stage_weights_;
   checkpoint::RunDirectory& run_;
   report::EventLog& events_;
   checkpoint::GenerationStore generations_;
@@ -338,12 +327,15 @@ class QuantizePass {
   checkpoint::RunState state_;
   std::map<Projection, quant::QuantizedMatrix> matrices_;  // of the block in work
   std::vector<std::string> new_outputs_;
+  CheckpointPace pace_;
+  Timer since_saved_;
+  std::future<std::string> writing_;  // its destructor waits for the thread
 };
 
 }  // namespace
 
 QuantizeResult quantize(const Session& session, const CalibrationSet& calibration,
-                        const StageWeights& weights, const fs::path& statistics,
+                        const model::WeightStore& weights, const fs::path& statistics,
                         checkpoint::RunDirectory& run, const checkpoint::Fingerprint& fingerprint,
                         bool resume, report::EventLog& events) {
   return QuantizePass(session, calibration, weights, statistics, run, fingerprint, events).run(resume);

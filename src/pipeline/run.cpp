@@ -179,9 +179,9 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
                          {"resume", resume}});
   if (!creates) refuse_or_note_finished(directory, stages, resume, world);
 
-  // W: each rank reads the weights of its own blocks.                                   sharded by stage
+  // W: each rank reads the weights of its own blocks, now or when they are needed.      sharded by stage
   const Timer loading;
-  const StageWeights weights = load_stage(session, *session.source);
+  const model::WeightStore weights = open_weights(session, session.source);
   prediction.record("load", loading.seconds(), events);
   Closing closing;
 
@@ -250,7 +250,7 @@ void evaluate_checkpoints(const config::RunConfig& config, const std::vector<fs:
                   : "",
               ExitCode::config);
   const Session session = open_session(config, config.evaluation.windows, world);
-  const StageWeights weights = load_stage(session, *session.source);
+  const model::WeightStore weights = open_weights(session, session.source);
   report::EventLog events;
   Closing closing;
   const std::vector<evaluate::Summary> summaries = evaluate_model(session, weights, quantized, events);

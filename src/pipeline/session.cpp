@@ -68,18 +68,22 @@ std::vector<StageCost> stage_costs(const model::ModelConfig& model, int64_t leng
   return costs;
 }
 
-comm::GridShape choose_shape(const config::Ranks& ranks, const model::ModelConfig& model, int64_t length,
+comm::GridShape choose_shape(const config::RunConfig& config, const model::ModelConfig& model,
                              int64_t n_microbatches, int n_ranks, int n_ranks_on_node) {
+  const config::Ranks& ranks = config.ranks;
   int stages = ranks.stages, replicas = ranks.replicas;
+  // With streamed weights one stage works at a time: all ranks are to be in it.
+  if (stages == 0 && config.residency == "streamed") stages = 1;
   if (stages == 0 && replicas == 0) {
     const auto bytes = static_cast<int64_t>(kWeightShareOfMemory * static_cast<double>(host_memory_bytes()) /
                                             n_ranks_on_node);
     const GridChoice choice =
-        choose_grid(n_ranks, n_microbatches, stage_costs(model, length, n_ranks), bytes);
+        choose_grid(n_ranks, n_microbatches, stage_costs(model, config.calibration.length, n_ranks), bytes);
     if (choice.stages == 0)
       fail<ConfigError>(
-          "the model's weights do not fit {} ranks with {:.1f} GiB for weights each; use more nodes", n_ranks,
-          static_cast<double>(bytes) / (1 << 30));
+          "the model's weights do not fit {} ranks with {:.1f} GiB for weights each; use more nodes, or "
+          "residency: streamed, which reads each block when its turn comes",
+          n_ranks, static_cast<double>(bytes) / (1 << 30));
     stages = choice.stages;
     replicas = choice.replicas;
   } else if (stages == 0) {
@@ -113,8 +117,7 @@ Session open_session(const config::RunConfig& config, int64_t n_microbatches,
   world.agree_on([&] {
     session.source = std::make_shared<const model::CheckpointReader>(config.model);
     const model::ModelConfig& model = session.source->config();
-    shape = choose_shape(config.ranks, model, config.calibration.length, n_microbatches, world.size(),
-                         n_ranks_on_node);
+    shape = choose_shape(config, model, n_microbatches, world.size(), n_ranks_on_node);
     session.stage_blocks = model::balance_stages(model, config.calibration.length, shape.stages);
     session.device = comm::select_device(config.ranks.device, node);
     session.dtype = choose_dtype(config.compute_dtype, model.dtype, session.device);
@@ -151,15 +154,14 @@ CalibrationSet open_calibration(const Session& session) {
   return {std::move(tokens), std::move(shards)};
 }
 
-StageWeights load_stage(const Session& session, const model::CheckpointReader& checkpoint) {
-  StageWeights weights;
+model::WeightStore open_weights(const Session& session,
+                                std::shared_ptr<const model::CheckpointReader> checkpoint) {
+  model::WeightStore weights = model::WeightStore::streamed(checkpoint, session.dtype, session.device);
+  if (session.is_streamed()) return weights;
   session.world().agree_on([&] {
-    const Range blocks = session.my_blocks();
-    for (int64_t block = blocks.begin; block < blocks.end; ++block)
-      weights.blocks.emplace(block, checkpoint.read_block(block, session.dtype, session.device));
-    if (session.grid->stage() == 0)
-      weights.embedding = checkpoint.read_embedding(session.dtype, session.device);
-    if (session.is_last_stage()) weights.head = checkpoint.read_head(session.dtype, session.device);
+    weights = model::WeightStore::resident(
+        checkpoint, session.dtype, session.device,
+        {session.my_blocks(), session.grid->stage() == 0, session.is_last_stage()});
   });
   return weights;
 }
@@ -171,9 +173,23 @@ std::vector<Range> row_groups_of(const Session& session, model::Projection proje
       sensitivity.grouping == "head" ? model::rows_of_head(session.model(), projection) : 1);
 }
 
+model::BlockWeights take_block(const Session& session, const model::WeightStore& weights, int64_t block,
+                               bool mine, int64_t next) {
+  model::BlockWeights taken;
+  session.world().agree_on([&] {
+    if (!mine) return;
+    taken = weights.block(block);
+    weights.prefetch(next);
+  });
+  return taken;
+}
+
 checkpoint::Fingerprint fingerprint_of(const Session& session, const CalibrationSet& calibration) {
   // Where a result is put, on how many ranks and how often it is saved does not change it.
   static const std::set<std::string> kIrrelevant{"output",
+                                                 "residency",
+                                                 "scratch.directory",
+                                                 "scratch.memory_gib",
                                                  "ranks.stages",
                                                  "ranks.replicas",
                                                  "ranks.threads",

@@ -68,6 +68,7 @@ int64_t Job::units_of(int set) const {
 }
 
 int64_t Job::kept_blocks(int stage) const {
+  if (is_streamed()) return 0;
   const int64_t n_blocks = layout.blocks[static_cast<size_t>(stage)].size();
   return std::min(n_blocks,
                   model::count_kept_blocks(model, config.calibration.microbatch * config.calibration.length,

@@ -17,7 +17,12 @@ constexpr double kLossChunk = 256, kCompareChunk = 128;
 // A correction at its peak: five f64 matrices and the result.
 constexpr double kCorrectionBytes = 5 * 8 + 4;
 
+/// Of resident weights, or of streamed ones in a pass forward or backward: a block in work and one read
+/// ahead; where embedding or head are read, one block at most stands beside them.
 double weight_bytes(const Job& job, int stage) {
+  if (job.is_streamed())
+    return job.shapes.block_weight_bytes() +
+           std::max(job.shapes.block_weight_bytes(), job.shapes.end_weight_bytes());
   const Layout& layout = job.layout;
   const int n_ends = (stage == 0 ? 1 : 0) + (stage + 1 == layout.stages ? 1 : 0);
   return static_cast<double>(layout.blocks[static_cast<size_t>(stage)].size()) *
@@ -188,7 +193,41 @@ double RankMemory::host_bytes() const {
   return total;
 }
 
+namespace {
+
+/// Every microbatch through one block before the next (pipeline/measure_steps.hpp): whatever the stage, what
+/// the one with the most blocks holds.
+RankMemory streamed_measure_memory(const Job& job, int stage) {
+  const Layout& layout = job.layout;
+  const auto samples = static_cast<double>(job.config.sensitivity.samples);
+  const double n = static_cast<double>(layout.largest_microbatch) * job.length();
+  const double state_bytes = job.shapes.d * job.shapes.element_bytes;
+  const double all_states = static_cast<double>(layout.sequences_per_replica) * job.length() * state_bytes;
+  const auto n_blocks = static_cast<double>(layout.blocks[static_cast<size_t>(stage)].size());
+  const bool is_last = stage + 1 == layout.stages;
+  RankMemory memory;
+  memory.items.push_back(process(job));
+  memory.items.push_back({"weights", weight_bytes(job, stage)});
+  double inputs = n_blocks * all_states;
+  if (!job.config.scratch.directory.empty()) inputs = std::min(inputs, job.config.scratch.memory_gib * kGiB);
+  memory.items.push_back({"block inputs", inputs});
+  memory.items.push_back({"states", samples * all_states});
+  memory.items.push_back({"backward", std::max(activation_bytes(job, n) + backward_bytes(job, n),
+                                               is_last ? loss_bytes(job) : 0) +
+                                          2 * samples * n * state_bytes});
+  memory.items.push_back(
+      {"D", 0,
+       job.token_weight_bytes() * (static_cast<double>(layout.sequences_per_replica) /
+                                       static_cast<double>(job.config.calibration.sequences) +
+                                   8.0 / 7.0)});
+  if (job.config.sensitivity.covariance) memory.items.push_back(covariance_of_measure(job, 1));
+  return memory;
+}
+
+}  // namespace
+
 RankMemory measure_memory(const Job& job, int stage) {
+  if (job.is_streamed()) return streamed_measure_memory(job, stage);
   const Layout& layout = job.layout;
   const Shapes& s = job.shapes;
   const bool is_last = stage + 1 == layout.stages;
@@ -229,7 +268,11 @@ RankMemory quantize_memory(const Job& job, int stage) {
   const double local_tokens = static_cast<double>(layout.sequences_per_rank) * job.length();
   RankMemory memory;
   memory.items.push_back(process(job));
-  memory.items.push_back({"weights", weight_bytes(job, stage)});
+  // Streamed: the block read ahead, and at the start, before the first block, the embedding.
+  memory.items.push_back(
+      {"weights", job.is_streamed()
+                      ? std::max(s.block_weight_bytes(), s.end_weight_bytes() - s.block_weight_bytes())
+                      : weight_bytes(job, stage)});
   // Values on the device, with a correction the original ones too; codes of the block on the host.
   memory.items.push_back(
       {"block in work", static_cast<double>(job.streams()) * s.block_weight_bytes(), s.block_linears});
@@ -257,9 +300,19 @@ RankMemory evaluate_memory(const Job& job, int stage) {
   const bool is_last = stage + 1 == job.layout.stages;
   RankMemory memory;
   memory.items.push_back(process(job));
-  memory.items.push_back({"weights of both models", 2 * weight_bytes(job, stage), 12 * largest_module(job)});
-  // States of both models in and out, a norm in f32, and the widest step of a block.
-  memory.items.push_back({"hidden states", window * (s.element_bytes * (8 * s.d + 3 * s.f) + 8 * s.d)});
+  // Streamed: one model after the other, and at the end both heads.
+  memory.items.push_back({"weights of both models",
+                          job.is_streamed() ? std::max(weight_bytes(job, stage), 2 * s.end_weight_bytes())
+                                            : 2 * weight_bytes(job, stage),
+                          12 * largest_module(job)});
+  // States of both models in and out, a norm in f32, and the widest step of a block; streamed, of all
+  // windows.
+  const double n_windows =
+      job.is_streamed()
+          ? static_cast<double>(partition(job.config.evaluation.windows, job.layout.replicas, 0).size())
+          : 0;
+  memory.items.push_back(
+      {"hidden states", window * (s.element_bytes * ((8 + 2 * n_windows) * s.d + 3 * s.f) + 8 * s.d)});
   // Of both models in the compute dtype; by ATen in f32, log-probabilities, and two temporaries.
   if (is_last)
     memory.items.push_back(

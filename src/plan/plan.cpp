@@ -17,13 +17,16 @@ struct GridShape {
 };
 
 /// All stages x replicas = n_ranks that the configuration and the model allow.
-std::vector<GridShape> possible_grids(const config::Ranks& ranks, const model::ModelConfig& model,
+std::vector<GridShape> possible_grids(const config::RunConfig& config, const model::ModelConfig& model,
                                       int64_t n_ranks) {
+  const config::Ranks& ranks = config.ranks;
   std::vector<GridShape> grids;
   for (int64_t stages = 1; stages <= std::min(n_ranks, model.n_blocks); ++stages) {
     const int64_t replicas = n_ranks / stages;
     if (stages * replicas != n_ranks) continue;
     if (ranks.stages != 0 && ranks.stages != stages) continue;
+    // Of streamed stages one works at a time: a run makes one of them (pipeline/session.cpp).
+    if (ranks.stages == 0 && config.residency == "streamed" && stages > 1) continue;
     if (ranks.replicas != 0 && ranks.replicas != replicas) continue;
     grids.push_back({static_cast<int>(stages), static_cast<int>(replicas)});
   }
@@ -149,6 +152,10 @@ void advise(const config::RunConfig& config, const model::ModelConfig& model, co
   lacks("node", best_need.node_bytes, best_need.node_stage, cluster.memory.node_gib);
   config::RunConfig any_grid = config;
   any_grid.ranks.stages = any_grid.ranks.replicas = 0;
+  config::RunConfig streamed = any_grid;
+  streamed.residency = "streamed";
+  const bool fits_streamed =
+      config.residency != "streamed" && smallest_cluster(streamed, model, cluster, cluster.nodes) > 0;
   const int64_t nodes = smallest_cluster(any_grid, model, cluster, kMostNodes);
   const std::string more_nodes = nodes > 0
                                      ? fmt::format("{} node{} ({} ranks) of this kind", nodes,
@@ -156,9 +163,10 @@ void advise(const config::RunConfig& config, const model::ModelConfig& model, co
                                      : fmt::format("no number of nodes up to {} of this kind", kMostNodes);
   fail<ConfigError>(
       "the run does not fit {} rank{} on {} node{} ({}); nearest is stages {} x replicas {}:{}\n"
-      "smallest that would do: {}; or these ranks with {}",
+      "smallest that would do: {}{}; or these ranks with {}",
       cluster.n_ranks(), cluster.n_ranks() == 1 ? "" : "s", cluster.nodes, cluster.nodes == 1 ? "" : "s",
-      cluster.name, best.stages, best.replicas, problem, more_nodes, more_memory);
+      cluster.name, best.stages, best.replicas, problem,
+      fits_streamed ? "residency: streamed on these ranks; or " : "", more_nodes, more_memory);
 }
 
 }  // namespace
@@ -217,7 +225,7 @@ std::string too_wide_to_hold(const config::RunConfig& config, const model::Model
 Plan make_plan(const config::RunConfig& config, const model::ModelConfig& model, const Cluster& cluster) {
   if (const std::string lines = too_wide_to_hold(config, model); !lines.empty())
     fail<ConfigError>("the configuration does not fit the model:{}", lines);
-  const std::vector<GridShape> grids = possible_grids(config.ranks, model, cluster.n_ranks());
+  const std::vector<GridShape> grids = possible_grids(config, model, cluster.n_ranks());
   if (grids.empty())
     fail<ConfigError>(
         "no stages x replicas make {} ranks with ranks.stages = {}, ranks.replicas = {} (0: auto) and {} "
@@ -244,7 +252,7 @@ int64_t smallest_cluster(const config::RunConfig& config, const model::ModelConf
                          const Cluster& cluster, int64_t most) {
   for (int64_t nodes = 1; nodes <= most; ++nodes) {
     const Cluster larger = with_ranks(cluster, nodes * cluster.ranks_per_node);
-    for (const GridShape& grid : possible_grids(config.ranks, model, larger.n_ranks()))
+    for (const GridShape& grid : possible_grids(config, model, larger.n_ranks()))
       if (fits(memory_need(Job(config, model, larger, grid.stages, grid.replicas)), larger)) return nodes;
   }
   return 0;

@@ -9,6 +9,9 @@ namespace {
 // storage 4+2) and are copied into the whole matrix (2), checked by digest (1) and shared (2).
 constexpr double kCodeTraffic = 32;
 
+// Of the quantize pass's time, what checkpoint.every_blocks: auto spends (pipeline/checkpoint_pace.hpp).
+constexpr double kCheckpointShare = 0.02;
+
 double seconds_of(const Job& job, const Work& work) {
   return seconds(work, job.cluster, job.computes_bf16);
 }
@@ -227,9 +230,16 @@ void add(StageTime& total, const StageTime& part, double times) {
   total.disk_s += times * part.disk_s;
 }
 
+/// Seconds to read `share` of the blocks as they stand in the checkpoint, by each of the replicas.
+double stream_s(const Job& job, double n_blocks, double readers) {
+  return job.is_streamed() ? read_s(job.cluster, n_blocks * job.stored_block_bytes() * readers, job.nodes())
+                           : 0;
+}
+
 }  // namespace
 
 StageTime load_time(const Job& job) {
+  if (job.is_streamed()) return {.name = "load"};
   const double bytes = job.stored_block_bytes() * job.shapes.n_blocks + job.stored_end_bytes();
   StageTime time{.name = "load"};
   time.disk_s = read_s(job.cluster, bytes * job.layout.replicas, job.nodes());
@@ -239,15 +249,23 @@ StageTime load_time(const Job& job) {
 StageTime measure_time(const Job& job, int64_t first_block) {
   const Layout& layout = job.layout;
   const int entry_stage = layout.stage_of(first_block);
-  double compute = 0, step = 0;
+  double compute = 0, step = 0, sum = 0;
   for (int stage = entry_stage; stage < layout.stages; ++stage) {
     const double computing = step_s(job, stage, entry_stage, first_block);
+    sum += computing;
     compute = std::max(compute, computing);
     step = std::max(step, computing + transfer_s(job, stage, entry_stage));
   }
   const auto n = static_cast<double>(layout.microbatches_per_replica);
   StageTime time{.name = "measure", .compute_s = n * compute, .communication_s = n * (step - compute)};
   time.idle_s = static_cast<double>(layout.segments) * (layout.stages - entry_stage - 1) * step;
+  if (job.is_streamed()) {
+    // One stage works at a time. Each block is read forward and backward while the one before computes.
+    time.idle_s = n * (sum - compute);
+    const double reading =
+        stream_s(job, 2 * (job.shapes.n_blocks - static_cast<double>(first_block)), layout.replicas);
+    time.disk_s = std::max(0.0, reading - n * sum);
+  }
 
   // D of each block to replica 0 of its stage, block after block, and to disk; read back once to be sure.
   double most_blocks = 0;
@@ -269,7 +287,7 @@ StageTime measure_time(const Job& job, int64_t first_block) {
   const double bytes = block_bytes * (job.shapes.n_blocks - static_cast<double>(first_block));
   const int64_t writers =
       (layout.stages - entry_stage + job.cluster.ranks_per_node - 1) / job.cluster.ranks_per_node;
-  time.disk_s = write_s(job.cluster, bytes, writers) + read_s(job.cluster, bytes, writers);
+  time.disk_s += write_s(job.cluster, bytes, writers) + read_s(job.cluster, bytes, writers);
   return time;
 }
 
@@ -279,6 +297,11 @@ StageTime quantize_time(const Job& job, const config::Reestimate& reestimate) {
   for (const auto& [step, step_time] : BlockTime(job).steps(block))
     time.parts.emplace_back(step, job.shapes.n_blocks * step_time);
   add(time, block, job.shapes.n_blocks);
+  // The owner of the next block reads it meanwhile.
+  if (const double waiting = job.shapes.n_blocks * (stream_s(job, 1, 1) - block.total_s()); waiting > 0) {
+    time.disk_s += waiting;
+    time.parts.emplace_back("wait for streamed weights", waiting);
+  }
 
   // Embedding and head are copied by rank 0, and the embedding goes to all ranks once.
   const double copy_s =
@@ -289,11 +312,14 @@ StageTime quantize_time(const Job& job, const config::Reestimate& reestimate) {
     time.communication_s += broadcast_s(job, Buffers::device, job.shapes.end_weight_bytes());
 
   // A generation holds the hidden states; it is written and read back. The last one holds none.
+  const double each = write_s(job.cluster, job.hidden_bytes(), job.nodes()) +
+                      read_s(job.cluster, job.hidden_bytes(), job.nodes());
+  const auto every = static_cast<double>(job.config.checkpoint.every_blocks);
   const double generations =
-      std::ceil(job.shapes.n_blocks / static_cast<double>(job.config.checkpoint.every_blocks)) - 1;
+      every > 0 ? std::ceil(job.shapes.n_blocks / every) - 1
+                : std::min(job.shapes.n_blocks - 1,
+                           std::floor(kCheckpointShare * time.total_s() / std::max(each, 1e-9)));
   if (job.uses_covariance() && generations > 0) {
-    const double each = write_s(job.cluster, job.hidden_bytes(), job.nodes()) +
-                        read_s(job.cluster, job.hidden_bytes(), job.nodes());
     time.disk_s += generations * each;
     time.parts.emplace_back("checkpoints", generations * each);
   }
@@ -342,6 +368,9 @@ StageTime evaluate_time(const Job& job) {
   for (const Range& range : layout.blocks)
     most_blocks = std::max(most_blocks, static_cast<double>(range.size()));
   time.disk_s = read_s(job.cluster, (quantized + job.stored_end_bytes()) * layout.replicas, job.nodes());
+  if (job.is_streamed())
+    time.disk_s =
+        std::max(0.0, time.disk_s + stream_s(job, job.shapes.n_blocks, layout.replicas) - n * compute);
   // Each rank unpacks and dequantizes its own blocks.
   const double codes = most_blocks * job.shapes.block_linears;
   time.compute_s += seconds_of(job, {.host_link_bytes = job.shapes.element_bytes * codes,

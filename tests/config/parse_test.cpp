@@ -23,9 +23,10 @@ TEST(ConfigParse, EveryKeyReachesItsField) {
 model: models/a
 output: runs/b
 compute_dtype: float32
-residency: resident
+residency: streamed
 format: compressed-tensors
 ranks: {stages: 2, replicas: 3, threads: 4, device: cpu, watchdog_s: 5}
+scratch: {directory: s, memory_gib: 0.5}
 calibration: {tokens: t, sequences: 6, length: 7, microbatch: 8, logical_shards: 9, seed: 18446744073709551615}
 sensitivity: {loss: fisher, samples: 2, per_sequence: exact, probes: 3, row_groups: 4, grouping: head, clip_quantile: 0.5,
               exponent: 2.5, shrinkage: 0.25, covariance: true, reuse: runs/c/measure}
@@ -53,6 +54,9 @@ checkpoint: {every_blocks: 12, keep: 13}
   EXPECT_EQ(c.model, "models/a");
   EXPECT_EQ(c.output, "runs/b");
   EXPECT_EQ(c.compute_dtype, "float32");
+  EXPECT_EQ(c.residency, "streamed");
+  EXPECT_EQ(c.scratch.directory, "s");
+  EXPECT_EQ(c.scratch.memory_gib, 0.5);
   EXPECT_EQ(c.ranks.stages, 2);
   EXPECT_EQ(c.ranks.replicas, 3);
   EXPECT_EQ(c.ranks.threads, 4);
@@ -215,8 +219,9 @@ INSTANTIATE_TEST_SUITE_P(
         BadValue{"sensitivity.exponent", "4.5", "expected number at least 0 and at most 4, found 4.5"},
         BadValue{"sensitivity.per_sequence", "probe",
                  "expected one of off | probes | exact, found \"probe\""},
-        BadValue{"residency", "streamed",
-                 "expected resident (the only residency of this version), found \"streamed\""},
+        BadValue{"residency", "disk", "expected one of resident | streamed, found \"disk\""},
+        BadValue{"scratch.memory_gib", "-1", "expected number at least 0 and at most 1000000, found -1"},
+        BadValue{"checkpoint.every_blocks", "0", "expected auto or integer from 1 to 1000000, found 0"},
         BadValue{"format", "gptq",
                  "expected compressed-tensors (the only format of this version), found \"gptq\""},
         BadValue{"model", "", "expected text, found nothing"},

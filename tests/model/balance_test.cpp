@@ -108,8 +108,9 @@ TEST(BalanceStages, SaysBothNumbersWhenThereAreTooManyStages) {
   }
 }
 
-TEST(ShardsPerSegment, AreAboutEightMicrobatchesAStage) {
-  EXPECT_EQ(shards_per_segment(128, 16, 4), 4);  // 32 microbatches in shards of 8
+TEST(ShardsPerSegment, AreAboutThirtyTwoMicrobatchesAStageAndEightWithOne) {
+  EXPECT_EQ(shards_per_segment(512, 64, 4), 16);  // 128 microbatches in shards of 8
+  EXPECT_EQ(shards_per_segment(64, 16, 2), 16);
   EXPECT_EQ(shards_per_segment(128, 16, 1), 1);
   EXPECT_EQ(shards_per_segment(128, 2, 1), 1);  // never less than a whole shard
   EXPECT_EQ(shards_per_segment(3, 4, 1), 8);

@@ -40,12 +40,12 @@ TEST(Layout, SharesAreThoseOfTheShardPlan) {
 
 TEST(Layout, PipelineDrainsBetweenSegments) {
   const model::ModelConfig model = tiny_model();
-  // 128 sequences in 16 shards of 8 microbatches; a segment of 4 stages is 32 microbatches, 4 shards.
+  // 512 sequences in 64 shards of 8 microbatches; a segment of 4 stages is 128 microbatches, 16 shards.
   const config::Calibration calibration{
-      .tokens = {}, .sequences = 128, .length = 5, .microbatch = 1, .logical_shards = 16};
+      .tokens = {}, .sequences = 512, .length = 5, .microbatch = 1, .logical_shards = 64};
   EXPECT_EQ(Layout::of(calibration, model, 4, 1).segments, 4);
   EXPECT_EQ(Layout::of(calibration, model, 4, 2).segments, 2);
-  EXPECT_EQ(Layout::of(calibration, model, 1, 1).segments, 16);
+  EXPECT_EQ(Layout::of(calibration, model, 1, 1).segments, 64);
 }
 
 /// Time until every stage has run its steps in the order of the schedule, each as soon as what it needs is

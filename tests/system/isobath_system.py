@@ -170,6 +170,7 @@ class Workspace:
                             "logical_shards": 4},
             "quantization": {"bits": 3, "group": 32},
             "evaluation": {"tokens": str(self.test), "window": LENGTH, "windows": 4},
+            "checkpoint": {"every_blocks": 1},
         }
         values = copy.deepcopy(values)
         for name, section in sections.items():

@@ -54,11 +54,13 @@ for variant, settings in VARIANTS.items():
             if not kill_once(config, output, duration, settings, resume=False):
                 continue
             killed += 1
-            # The second of the kills is followed by another one, and the last is continued by another layout of ranks.
+            # The second of the kills is followed by another one; the last is continued by another layout of ranks, with
+            # streamed weights.
             if killed == 2:
                 kill_once(config, output, duration / 2, settings, resume=True)
             stages, replicas = (1, 2) if killed == KILLS else (2, 1)
-            run_well(config, stages=stages, replicas=replicas, settings=settings, resume=True)
+            streamed = ("residency=streamed",) if killed == KILLS else ()
+            run_well(config, stages=stages, replicas=replicas, settings=settings + streamed, resume=True)
             assert_same_bytes(expected, result_digests(output), f"{variant}, kill {killed}")
         assert killed == KILLS, f"only {killed} of {KILLS} kills met a running job"
         # All blocks are done, the model is not: the generation that random moments rarely meet.

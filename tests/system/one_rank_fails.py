@@ -1,4 +1,5 @@
 """One rank fails, all ranks end: soon, with one message that says why, and with nothing that looks finished."""
+import itertools
 import os
 import resource
 import signal
@@ -21,9 +22,10 @@ def a_nan_weight(space):
     module = f"model.layers.{BLOCKS - 1}.mlp.down_proj"
     weights[f"{module}.weight"][3, 5] = numpy.nan
     space.model = write_model(space.path / "nan", weights=weights)
-    for stages, replicas in LAYOUTS:
-        name = f"nan-{stages}x{replicas}"
-        job = Job(space.config(name), stages=stages, replicas=replicas).wait()
+    # Streamed, the thread that reads ahead finds it.
+    for residency, (stages, replicas) in itertools.product(("resident", "streamed"), LAYOUTS):
+        name = f"nan-{residency}-{stages}x{replicas}"
+        job = Job(space.config(name), stages=stages, replicas=replicas, settings=(f"residency={residency}",)).wait()
         assert job.code == 5, f"exit code {job.code}\n{job.stderr}"
         assert len(job.errors()) == 1, job.stderr
         assert f"layers.{BLOCKS - 1}" in job.errors()[0] or f"block {BLOCKS - 1}" in job.errors()[0], job.errors()

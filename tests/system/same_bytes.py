@@ -1,4 +1,4 @@
-"""Every layout of ranks writes the same bytes."""
+"""Every layout of ranks writes the same bytes, with weights that stay in memory and with streamed ones."""
 import shutil
 
 import isobath_system
@@ -8,6 +8,8 @@ LAYOUTS = [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (4, 1)]
 # The covariance of this width's down_proj is spread over the ranks in panels (quant::kWholeColumns), and needs all of
 # its six panels of 384 columns.
 WIDE_D_FF = 2304
+# Each with block inputs in memory or, all of them, on disk.
+STREAMED_LAYOUTS = [(1, 1), (2, 1), (1, 3), (2, 2)]
 VARIANTS = {
     "bfloat16": ("bfloat16", isobath_system.D_FF, (), LAYOUTS),
     "float32, everything on, widths scored":
@@ -20,9 +22,11 @@ for variant, (dtype, d_ff, settings, layouts) in VARIANTS.items():
     isobath_system.D_FF = d_ff
     with Workspace(dtype) as space:
         expected = None
-        for stages, replicas in layouts:
+        scratch = ("residency=streamed", f"scratch.directory={space.path / 'scratch'}")
+        streamed = [(layout, scratch + (f"scratch.memory_gib={i % 2}",)) for i, layout in enumerate(STREAMED_LAYOUTS)]
+        for (stages, replicas), residency in [(layout, ()) for layout in layouts] + streamed:
             name = f"run-{stages}x{replicas}"
-            job = run_well(space.config(name), stages=stages, replicas=replicas, settings=settings)
+            job = run_well(space.config(name), stages=stages, replicas=replicas, settings=settings + residency)
             digests = result_digests(space.path / name)
             decisions = reestimations(space.path / name)
             if expected is None:
@@ -32,7 +36,9 @@ for variant, (dtype, d_ff, settings, layouts) in VARIANTS.items():
                     assert {record["refreshed"] for record in decisions} == {True, False}, decisions
                     assert "D measured again before" in job.stdout, job.stdout
             else:
-                assert_same_bytes(expected, digests, f"{variant}, {stages} stages x {replicas} replicas")
+                assert_same_bytes(expected, digests, f"{variant}, {stages} stages x {replicas} replicas, {residency}")
                 assert decisions == expected_decisions, f"{decisions}, not {expected_decisions}"
             shutil.rmtree(space.path / name)
-            print(f"{variant}: {stages} x {replicas}: {len(digests)} files equal, {job.seconds:.1f} s", flush=True)
+            print(f"{variant}: {stages} x {replicas} {' '.join(residency[:1])}: {len(digests)} files equal, {job.seconds:.1f} s",
+                  flush=True)
+        assert not list((space.path / "scratch").iterdir()), "a scratch file kept its name"

@@ -15,6 +15,10 @@ struct Ranks {
   double activation_gib = 1.0;  ///< activations kept for the backward pass
   int64_t watchdog_s = 600;     ///< seconds a rank may wait for others; 0: for ever
 };
+struct Scratch {
+  std::string directory;    ///< empty: block inputs stay in memory
+  double memory_gib = 4.0;  ///< of them that stay in memory all the same
+};
 struct Calibration {
   std::string tokens;
   int64_t sequences = 64, length = 1024, microbatch = 1, logical_shards = 16;
@@ -82,7 +86,8 @@ struct Evaluation {
   int64_t window = 2048, windows = 40;
 };
 struct Checkpoint {
-  int64_t every_blocks = 1, keep = 2;
+  int64_t every_blocks = 0;  ///< 0: auto
+  int64_t keep = 2;
 };
 struct Planning {
   std::string cluster;  ///< cluster description to compare the run's cost with; empty: none
@@ -92,9 +97,10 @@ struct Planning {
 struct RunConfig {
   std::string model, output;
   std::string compute_dtype = "auto";  ///< auto | bfloat16 | float32
-  std::string residency = "resident";
+  std::string residency = "resident";  ///< resident | streamed
   std::string format = "compressed-tensors";
   Ranks ranks;
+  Scratch scratch;
   Calibration calibration;
   Sensitivity sensitivity;
   Quantization quantization;

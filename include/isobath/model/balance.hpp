@@ -19,8 +19,8 @@ struct CostModel {
 [[nodiscard]] std::vector<Range> balance_stages(const ModelConfig& config, int64_t length, int n_stages);
 
 /// Whole logical shards that a replica runs between two drains of its pipeline, when ranks look for a stop
-/// request: about 8 microbatches a stage, so that the drain costs (stages − 1) / (8 · stages) < 1/8 of a
-/// segment at the very most, and ends within a scheduler's grace.
+/// request: about 32 microbatches a stage, so that the drain costs (stages − 1) / (32 · stages) < 1/32 of a
+/// segment; 8 microbatches with one stage, which drains nothing.
 [[nodiscard]] int64_t shards_per_segment(int64_t n_microbatches, int64_t n_shards, int64_t n_stages);
 
 /// Blocks whose activations fit `limit_gib` for all microbatches of n_tokens in flight, not recomputed in the

@@ -6,19 +6,21 @@
 
 namespace isobath::pipeline {
 
-/// This rank's stage weights of another version of the session's model, plain or quantized
-/// (compressed-tensors). Collective over the session's world. Throws AgreedFailure: data.
-[[nodiscard]] StageWeights load_version(const Session& session, const std::filesystem::path& checkpoint);
+/// This rank's weights of another version of the session's model, plain or quantized (compressed-tensors), as
+/// the configuration's residency has them. Collective over the session's world. Throws AgreedFailure: data.
+[[nodiscard]] model::WeightStore open_version(const Session& session,
+                                              const std::filesystem::path& checkpoint);
 
 /// Perplexity of the original model, and of each checkpoint of `quantized` with KL and top-1 agreement, in
 /// one streaming pass: windows flow through the stages with the hidden states of all models, the last stage
 /// compares, no logits are stored. One summary a checkpoint, or the original's alone when there is none.
 ///
-/// `weights`: the original's stage weights. Memory: one window's hidden states a stage, all models' stage
-/// weights. Collective over the session's world; the summaries are the same on every rank and for every grid.
+/// `weights`: the original's. Memory: one window's hidden states a stage, all models' stage weights; with
+/// streamed weights two blocks, and on the last stage the hidden states of its windows of all models. Same
+/// numbers. Collective over the session's world; the summaries are the same on every rank and for every grid.
 [[nodiscard]] std::vector<evaluate::Summary> evaluate_model(
-    const Session& session, const StageWeights& weights, const std::vector<std::filesystem::path>& quantized,
-    report::EventLog& events);
+    const Session& session, const model::WeightStore& weights,
+    const std::vector<std::filesystem::path>& quantized, report::EventLog& events);
 
 /// evaluation.json: the summary with the options it holds for.
 [[nodiscard]] std::string evaluation_json(const evaluate::Summary& summary,

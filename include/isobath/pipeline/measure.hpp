@@ -32,10 +32,12 @@ struct MeasureResult {
   int64_t n_tokens = 0;
 };
 
-/// Pipelined forward and backward (1F1B) over the calibration set with frozen weights: leaves D of every
+/// Forward and backward over the calibration set with frozen weights, pipelined (1F1B), or with streamed
+/// weights block after block: leaves D of every
 /// token, module and row group, Σx², max|x| and α of [AS 5] and [AS 6], and on request H, one file a block,
 /// the same bytes for any grid.
 ///
+/// Memory, network with streamed weights: measure_streamed (pipeline/measure_steps.hpp). Else:
 /// Memory   a stage keeps one input a block and microbatch in flight (stages − stage of them) and recomputes
 /// the block in the backward;
 ///          D of its blocks for its replica's sequences; one partial sum a tree level of each statistic.
@@ -44,8 +46,8 @@ struct MeasureResult {
 ///          of the channel statistics over the replicas and D to replica 0.
 /// Collective over the session's world. Throws StopRequested on every rank when a stop was asked for;
 /// NumericError for non-finite values (module, sequence, token).
-MeasureResult measure(const Session& session, const CalibrationSet& calibration, const StageWeights& weights,
-                      const MeasurePass& pass, report::EventLog& events);
+MeasureResult measure(const Session& session, const CalibrationSet& calibration,
+                      const model::WeightStore& weights, const MeasurePass& pass, report::EventLog& events);
 
 /// D of blocks [first_block, n_blocks) for the sequences of `probe` alone, by the same pass; nothing is
 /// written. `probe`: whole microbatches of the calibration set, ascending.
@@ -54,7 +56,7 @@ MeasureResult measure(const Session& session, const CalibrationSet& calibration,
 ///          `probe`, on every replica; the same bits for any grid.
 /// Cost     the probe's share of `measure`, less the other statistics. Collective over the session's world.
 [[nodiscard]] std::map<int64_t, std::array<at::Tensor, model::kProjections>> measure_token_weights(
-    const Session& session, const CalibrationSet& calibration, const StageWeights& weights,
+    const Session& session, const CalibrationSet& calibration, const model::WeightStore& weights,
     const MeasurePass& pass, const std::vector<data::Microbatch>& probe);
 
 /// Identity of the statistics a run needs: model, tokens, loss … (what `sensitivity.reuse` compares).

@@ -38,7 +38,7 @@ struct QuantizeResult {
 /// then what BlockSolver says of each input set. Collective over the session's world. Leaves `run`/model.
 /// Throws StopRequested after SIGUSR1/SIGTERM, once a generation holds what is done.
 QuantizeResult quantize(const Session& session, const CalibrationSet& calibration,
-                        const StageWeights& weights, const std::filesystem::path& statistics,
+                        const model::WeightStore& weights, const std::filesystem::path& statistics,
                         checkpoint::RunDirectory& run, const checkpoint::Fingerprint& fingerprint,
                         bool resume, report::EventLog& events);
 

@@ -20,7 +20,7 @@ namespace isobath::pipeline {
 class Reestimation {
  public:
   /// run: the run directory. statistics: D of the unquantized model.
-  Reestimation(const Session& session, const CalibrationSet& calibration, const StageWeights& weights,
+  Reestimation(const Session& session, const CalibrationSet& calibration, const model::WeightStore& weights,
                std::filesystem::path statistics, std::filesystem::path run, report::EventLog& events)
       : session_(session),
         calibration_(calibration),
@@ -49,7 +49,7 @@ class Reestimation {
 
   const Session& session_;
   const CalibrationSet& calibration_;
-  const StageWeights& weights_;
+  const model::WeightStore& weights_;
   std::filesystem::path statistics_, run_;
   report::EventLog& events_;
   std::optional<std::map<int64_t, at::Tensor>> original_;  // loss kl: last hidden states of this replica

@@ -7,8 +7,8 @@
 #include <isobath/data/shards.hpp>
 #include <isobath/data/token_file.hpp>
 #include <isobath/model/checkpoint_reader.hpp>
+#include <isobath/model/weight_store.hpp>
 #include <isobath/report/events.hpp>
-#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -31,6 +31,7 @@ struct Session {
   [[nodiscard]] Range my_blocks() const { return stage_blocks[static_cast<size_t>(grid->stage())]; }
   [[nodiscard]] int stage_of(int64_t block) const;
   [[nodiscard]] bool is_last_stage() const { return grid->stage() + 1 == grid->shape().stages; }
+  [[nodiscard]] bool is_streamed() const { return config.residency == "streamed"; }
 };
 
 /// Opens the model, forms the grid, balances the stages, sets the threads. `n_microbatches` steers the
@@ -59,16 +60,16 @@ struct CalibrationSet {
 /// Collective over the session's world. Throws AgreedFailure (data).
 [[nodiscard]] CalibrationSet open_calibration(const Session& session);
 
-/// The weights this rank holds of a checkpoint: its stage's blocks, and embedding or head at the ends.
-struct StageWeights {
-  std::map<int64_t, model::BlockWeights> blocks;
-  at::Tensor embedding;     ///< first stage only
-  model::HeadWeights head;  ///< last stage only
-};
+/// The weights of `checkpoint` as the configuration's `residency` has them: this rank's stage's blocks, and
+/// embedding or head at the ends, read now; or everything when it is needed. Collective only in agreeing on
+/// failure (AgreedFailure: data, numeric, io).
+[[nodiscard]] model::WeightStore open_weights(const Session& session,
+                                              std::shared_ptr<const model::CheckpointReader> checkpoint);
 
-/// Reads this rank's share of `checkpoint`. Collective only in agreeing on failure (AgreedFailure: data,
-/// numeric, io).
-[[nodiscard]] StageWeights load_stage(const Session& session, const model::CheckpointReader& checkpoint);
+/// The weights of `block` on the ranks for which `mine` is true, which read the block of theirs that follows
+/// ahead; nothing elsewhere. Collective over the session's world: a failure to read is one on all ranks.
+[[nodiscard]] model::BlockWeights take_block(const Session& session, const model::WeightStore& weights,
+                                             int64_t block, bool mine, int64_t next);
 
 /// Output rows of each row group of a linear, as sensitivity.row_groups and sensitivity.grouping say.
 [[nodiscard]] std::vector<Range> row_groups_of(const Session& session, model::Projection projection);

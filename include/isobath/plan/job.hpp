@@ -72,6 +72,7 @@ struct Job {
   [[nodiscard]] bool is_spread(double d) const;
   /// The most of n_rows rows that one rank solves: whole tiles.
   [[nodiscard]] double largest_row_share(double n_rows) const;
+  [[nodiscard]] bool is_streamed() const { return config.residency == "streamed"; }
   /// Hidden states that travel through the quantize pass: the original model's too, or not.
   [[nodiscard]] int64_t streams() const { return is_asymmetric() ? 2 : 1; }
   /// Last blocks of a stage that keep their activations for the backward pass; the others are recomputed.

@@ -1,0 +1,45 @@
+#!/usr/bin/env python3
+"""How much faster two ranks are than one: measure and quantize, one thread a rank, the layouts in turn, medians.
+
+  bench/rank_scaling.py build/cpu/src/isobath configs/quickstart.yaml --repeat 3 --set calibration.sequences=32
+
+Run it on an idle machine with two cores. Every run starts anew and writes the same bytes.
+"""
+import argparse
+import statistics
+
+from whole_run import events, run_isobath, scratch
+
+LAYOUTS = {"1 rank": (1, 1), "2 replicas": (1, 2), "2 stages": (2, 1)}
+
+
+def seconds(output):
+    found = {event["event"]: event["seconds"] for event in events(output) if event["event"] in ("measured", "quantized")}
+    return found["measured"], found["quantized"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("isobath")
+    parser.add_argument("config")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--set", action="append", default=[], help="key=value, as of isobath")
+    arguments = parser.parse_args()
+    times = {name: [] for name in LAYOUTS}
+    with scratch() as space:
+        for turn in range(arguments.repeat):
+            for name, (stages, replicas) in LAYOUTS.items():
+                output = space / f"{name.replace(' ', '-')}-{turn}"
+                run_isobath(arguments.isobath, arguments.config, output, stages * replicas,
+                            [f"ranks.stages={stages}", f"ranks.replicas={replicas}", "ranks.threads=1", "evaluation.tokens=",
+                             *arguments.set])
+                times[name].append(seconds(output))
+    base = [statistics.median(column) for column in zip(*times["1 rank"])]
+    print(f"{'layout':12} {'measure s':>10} {'x':>5} {'quantize s':>11} {'x':>5}   medians of {arguments.repeat}")
+    for name, runs in times.items():
+        measure, quantize = (statistics.median(column) for column in zip(*runs))
+        print(f"{name:12} {measure:10.2f} {base[0] / measure:5.2f} {quantize:11.2f} {base[1] / quantize:5.2f}")
+
+
+if __name__ == "__main__":
+    main()

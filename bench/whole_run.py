@@ -1,0 +1,34 @@
+"""What the benches of whole runs share: a scratch directory, the program under mpirun, its events."""
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
+
+
+@contextlib.contextmanager
+def scratch():
+    """A directory of its own in ISOBATH_BENCH_DIR or the system's, removed at the end."""
+    space = pathlib.Path(tempfile.mkdtemp(prefix="isobath-bench-", dir=os.environ.get("ISOBATH_BENCH_DIR")))
+    try:
+        yield space
+    finally:
+        shutil.rmtree(space, ignore_errors=True)
+
+
+def run_isobath(isobath, config, output, ranks, settings, command="run", more=()):
+    """Runs the program; its standard output and error as text. Ends the bench when it fails."""
+    line = ["mpirun", "--quiet", "--bind-to", "core" if ranks <= (os.cpu_count() or 1) else "none", "-n", str(ranks),
+            isobath, command, config, "--set", f"output={output}"]
+    for setting in settings:
+        line += ["--set", setting]
+    job = subprocess.run([*line, *more], env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    if job.returncode != 0:
+        raise SystemExit(f"exit code {job.returncode}: {' '.join(map(str, line))}\n{job.stdout}\n{job.stderr}")
+    return job.stdout + job.stderr
+
+
+def events(output):
+    return [json.loads(line) for line in (pathlib.Path(output) / "events.jsonl").read_text().splitlines()]

@@ -1,0 +1,110 @@
+#include <gtest/gtest.h>
+
+#include <isobath/core/error.hpp>
+#include <isobath/plan/plan.hpp>
+
+#include "tests/plan/tiny.hpp"
+
+namespace isobath::plan {
+namespace {
+
+constexpr double kBlock = 2 * (576 + 16), kEnd = 2 * 32 * 8;  // bytes of the tiny model in bf16
+constexpr double kStates = 4 * 5 * 8 * 2;                     // all sequences' hidden states
+
+config::RunConfig streamed_config() {
+  config::RunConfig config = tiny_config();
+  config.compute_dtype = "bfloat16";
+  config.residency = "streamed";
+  return config;
+}
+
+double device_bytes(const RankMemory& memory, const std::string& name) {
+  for (const RankMemory::Item& item : memory.items)
+    if (item.name == name) return item.device_bytes;
+  return -1;
+}
+
+TEST(Streamed, MeasureHoldsTwoBlocksAndTheInputsOfAll) {
+  const model::ModelConfig model = tiny_model();
+  const config::RunConfig config = streamed_config();
+  const Cluster cluster = instant_cluster();
+  const RankMemory memory = measure_memory(Job(config, model, cluster, 1, 1), 0);
+  EXPECT_EQ(device_bytes(memory, "weights"), 2 * kBlock);
+  EXPECT_EQ(device_bytes(memory, "block inputs"), 4 * kStates);
+  EXPECT_EQ(device_bytes(memory, "states"), kStates);
+}
+
+TEST(Streamed, AScratchDirectoryBoundsTheInputsInMemory) {
+  const model::ModelConfig model = tiny_model();
+  config::RunConfig config = streamed_config();
+  config.scratch = {.directory = "scratch", .memory_gib = 500.0 / (1 << 30)};
+  const Cluster cluster = instant_cluster();
+  EXPECT_EQ(device_bytes(measure_memory(Job(config, model, cluster, 1, 1), 0), "block inputs"), 500);
+}
+
+TEST(Streamed, QuantizeReadsOneBlockAheadOfTheOneInWork) {
+  const model::ModelConfig model = tiny_model();
+  const config::RunConfig config = streamed_config();
+  const Cluster cluster = instant_cluster();
+  const RankMemory memory = quantize_memory(Job(config, model, cluster, 1, 1), 0);
+  EXPECT_EQ(device_bytes(memory, "weights"), kBlock);
+  EXPECT_EQ(device_bytes(memory, "block in work"), kBlock);
+}
+
+TEST(Streamed, EvaluationHoldsTwoBlocksOrBothHeads) {
+  const model::ModelConfig model = tiny_model();
+  const config::RunConfig config = streamed_config();
+  const Cluster cluster = instant_cluster();
+  EXPECT_EQ(device_bytes(evaluate_memory(Job(config, model, cluster, 1, 1), 0), "weights of both models"),
+            std::max(2 * kBlock, 2 * kEnd));
+}
+
+TEST(Streamed, DiskIsWaitedForWhereItIsSlowerThanTheBlocks) {
+  const model::ModelConfig model = tiny_model();
+  const config::RunConfig config = streamed_config();
+  Cluster cluster = instant_cluster();
+  const double at_once = measure_time(Job(config, model, cluster, 1, 1)).disk_s;
+  cluster.filesystem.read_gbs = cluster.filesystem.node_read_gbs = 1e-9;  // a byte a second
+  const Job job(config, model, cluster, 1, 1);
+  EXPECT_EQ(load_time(job).disk_s, 0);
+  // Forward and backward: each block twice. The statistics are read back at the same rate.
+  const double statistics = 4 * 4 * 7 * 20;
+  EXPECT_NEAR(measure_time(job).disk_s - at_once, 2 * 4 * kBlock + statistics, 1e-6);
+  EXPECT_GE(quantize_time(job, {.policy = "never", .blocks = 1}).disk_s, 4 * kBlock);
+  // Nobody waits for a disk that is faster than the compute.
+  cluster.compute.bf16_tflops = 1e-15;
+  cluster.filesystem.read_gbs = cluster.filesystem.node_read_gbs = 1e-6;
+  EXPECT_NEAR(measure_time(Job(config, model, cluster, 1, 1)).disk_s, statistics / 1e3, 1e-6);
+}
+
+TEST(Streamed, ARunOnManyRanksIsOneStage) {
+  const model::ModelConfig model = tiny_model();
+  const config::RunConfig config = streamed_config();
+  Cluster cluster = with_ranks(instant_cluster(), 2);
+  const Plan plan = make_plan(config, model, cluster);
+  EXPECT_EQ(plan.stages, 1);
+  EXPECT_EQ(plan.replicas, 2);
+}
+
+TEST(Streamed, IsProposedWhereResidentWeightsDoNotFit) {
+  model::ModelConfig model = tiny_model();
+  model.n_blocks = 4000;  // 4.5 MiB
+  config::RunConfig config = tiny_config();
+  config.compute_dtype = "bfloat16";
+  config.scratch = {.directory = "scratch", .memory_gib = 0};
+  Cluster cluster = instant_cluster();
+  cluster.memory.node_gib = (0.25 + 2.0 / 1024) / kUsableShare;  // the process and 2 MiB
+  try {
+    (void)make_plan(config, model, cluster);
+    FAIL() << "accepted";
+  } catch (const ConfigError& error) {
+    const std::string text = error.what();
+    EXPECT_NE(text.find("smallest that would do: residency: streamed on these ranks; or"), std::string::npos)
+        << text;
+  }
+  config.residency = "streamed";
+  EXPECT_NO_THROW((void)make_plan(config, model, cluster));
+}
+
+}  // namespace
+}  // namespace isobath::plan
