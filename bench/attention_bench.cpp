@@ -1,10 +1,12 @@
-// Attention on the CPU beside at::scaled_dot_product_attention and plain bf16 products of the same number of
-// operations.
+// Attention on the CPU beside at::scaled_dot_product_attention, forward and backward, in the dtype that this
+// machine computes bf16 checkpoints in.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <benchmark/benchmark.h>
+#include <torch/csrc/autograd/autograd.h>
 
 #include <isobath/kernels/attention.hpp>
+#include <isobath/kernels/cpu.hpp>
 
 namespace isobath::kernels {
 namespace {
@@ -20,7 +22,8 @@ struct Problem {
         k(random(n_kv_heads)),
         v(random(n_kv_heads)) {}
   [[nodiscard]] at::Tensor random(int64_t heads) const {
-    return at::randn({1, length, heads * head_dim}).to(at::kBFloat16);
+    return at::randn({1, length, heads * head_dim})
+        .to(kernels::has_avx512_bf16() ? at::kBFloat16 : at::kFloat);
   }
   /// Operations below the diagonal.
   void count(benchmark::State& state, double passes) const {
@@ -56,11 +59,27 @@ void library_forward(benchmark::State& state) {
   p.count(state, 2);
 }
 
+void library_forward_and_backward(benchmark::State& state) {
+  const Problem p(state);
+  const auto heads = [&](const at::Tensor& x) { return x.unflatten(-1, {-1, p.head_dim}).transpose(1, 2); };
+  const at::Tensor g = heads(p.random(p.n_heads));
+  for (auto _ : state) {
+    const std::vector<at::Tensor> inputs{heads(p.q).detach().requires_grad_(),
+                                         heads(p.k).detach().requires_grad_(),
+                                         heads(p.v).detach().requires_grad_()};
+    const at::Tensor out = at::scaled_dot_product_attention(inputs[0], inputs[1], inputs[2], {}, 0.0, true,
+                                                            {}, p.n_heads != p.n_kv_heads);
+    benchmark::DoNotOptimize(torch::autograd::grad({out}, inputs, {g}));
+  }
+  p.count(state, 7);
+}
+
 #define SHAPES \
   ->Args({1024, 9, 3, 64})->Args({2048, 9, 3, 64})->Args({2048, 8, 1, 128})->Unit(benchmark::kMillisecond)
 BENCHMARK(forward) SHAPES;
 BENCHMARK(forward_and_backward) SHAPES;
 BENCHMARK(library_forward) SHAPES;
+BENCHMARK(library_forward_and_backward) SHAPES;
 
 }  // namespace
 }  // namespace isobath::kernels
