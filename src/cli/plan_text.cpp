@@ -88,7 +88,7 @@ std::string plan_text(const config::RunConfig& config, const plan::Plan& plan) {
   text += memory_table("measure", plan, plan.measure_memory);
   text += memory_table("quantize", plan, plan.quantize_memory);
   text += memory_table("evaluate", plan, plan.evaluate_memory);
-  if (!plan.quantize_memory.empty())
+  if (!plan.quantize_memory.empty() && plan.quantize_memory.front().root_bytes > 0)
     text += fmt::format("and up to {} GiB more on a rank that factorizes, {} on the ranks of a node\n",
                         gib(plan.quantize_memory.front().root_bytes),
                         gib(plan.quantize_memory.front().node_root_bytes));

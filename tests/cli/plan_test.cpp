@@ -58,7 +58,7 @@ TEST(PlanCommand, TextAndJsonTellTheSame) {
   for (const char* row :
        {"load", "measure", "re-estimation every 8 blocks (configured)", "re-estimation never",
         "re-estimation every block", "evaluate", "the run as configured", "in flight", "hidden states",
-        "H and factors", "weights of both models"})
+        "H, factors and rows", "weights of both models"})
     EXPECT_NE(text.find(row), std::string::npos) << row << "\n" << text;
   EXPECT_EQ(json["memory"]["measure"].size(), json["stages"].get<size_t>());
 }

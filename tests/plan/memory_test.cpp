@@ -1,0 +1,131 @@
+#include <gtest/gtest.h>
+
+#include <isobath/plan/memory.hpp>
+
+#include "tests/plan/tiny.hpp"
+
+namespace isobath::plan {
+namespace {
+
+TEST(Memory, MeasureHoldsOneInputForEachBlockAndMicrobatchInFlight) {
+  const model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  config.compute_dtype = "bfloat16";
+  const Cluster cluster = instant_cluster();
+  const Job job(config, model, cluster, 2, 1);
+  const auto item = [](const RankMemory& memory, const std::string& name) {
+    for (const auto& found : memory.items)
+      if (found.name == name) return found;
+    return RankMemory::Item{"missing", -1, -1};
+  };
+  constexpr double kState = 5 * 8 * 2;  // a microbatch of 5 tokens, 8 channels, bf16
+  const RankMemory first = measure_memory(job, 0), last = measure_memory(job, 1);
+  EXPECT_EQ(item(first, "weights").device_bytes, 2 * 2 * (576 + 16) + 2 * 32 * 8);
+  EXPECT_EQ(item(first, "in flight").device_bytes, 2 * 2 * kState);
+  EXPECT_EQ(item(last, "in flight").device_bytes, 1 * (2 + 1) * kState);  // and the last block's output
+  // f32, seven linears, 20 tokens: of two blocks, and of one while it is gathered.
+  EXPECT_DOUBLE_EQ(item(first, "D").host_bytes, (2 + 8.0 / 7) * 4 * 7 * 20);
+}
+
+TEST(Memory, KeptActivationsAreThoseOfTheLastBlocks) {
+  const model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  config.compute_dtype = "bfloat16";
+  config.ranks.activation_gib = 1400.0 / (1 << 30);
+  const Cluster cluster = instant_cluster();
+  const Job job(config, model, cluster, 2, 1);
+  const auto bytes = [&](int stage, const std::string& name) {
+    for (const auto& found : measure_memory(job, stage).items)
+      if (found.name == name) return found.device_bytes;
+    return -1.0;
+  };
+  EXPECT_EQ(bytes(0, "activations kept"), 1 * 2 * 680);
+  EXPECT_EQ(bytes(1, "activations kept"), 2 * 1 * 680);
+  // Stage 0 holds the recomputed block's activations on top; the loss of stage 1 takes more than a block:
+  // 256 x 32 logits in bf16, three times, and 12 bytes of f32. Gradients of 80 bytes in and out.
+  // 5 tokens: states 4·2·8, gate and up 2·2·16, the gate in f32 26·16; of a sequence 8·16 + 4·8.
+  EXPECT_EQ(bytes(0, "backward"), 680 + 5 * (64 + 64 + 26 * 16) + 5 * (128 + 32) + 2 * 80);
+  EXPECT_EQ(bytes(1, "backward"), 256 * 32 * (3 * 2 + 12) + 2 * 80);
+}
+
+TEST(Memory, QuantizeHoldsTheCovariancesOfOneInputSet) {
+  const model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  config.compute_dtype = "bfloat16";
+  const Cluster cluster = instant_cluster();
+  const auto held = [&](const std::string& name) {
+    const Job job(config, model, cluster, 1, 1);
+    for (const auto& found : quantize_memory(job, 0).items)
+      if (found.name == name) return std::pair{found.device_bytes, found.host_bytes};
+    return std::pair{-1.0, -1.0};
+  };
+  // down, d = 16: one H of 1024 bytes, partial sums on two levels and one that arrives. q/k/v, d = 8: 256
+  // bytes, 3 and 3 · 2 + 1 of them: less. Factors and rows are less, too.
+  EXPECT_EQ(held("H, factors and rows"), (std::pair{1 * 1024.0, 3 * 1024.0}));
+  // And f32 copies of the microbatch in work, 8 bytes a channel.
+  EXPECT_EQ(held("hidden states"), (std::pair{20.0 * 2 * (8 + 16) + 5 * 8 * 16, 0.0}));
+  // H and its f64 triangle take less than what summing held, which is free by then.
+  EXPECT_EQ(quantize_memory(Job(config, model, cluster, 1, 1), 0).root_bytes, 0);
+
+  // With a correction C too: sums and partial sums of both. While it is made: H, C, the factor, five f64
+  // matrices and the result.
+  config.quantization.asymmetric.correction = "qep";
+  config.quantization.refinement.sweeps = 1;
+  EXPECT_EQ(held("H, factors and rows"), (std::pair{2 * 1024.0, 5 * 1024.0}));
+  EXPECT_EQ(quantize_memory(Job(config, model, cluster, 1, 1), 0).root_bytes,
+            2 * 1024 + 1024 + 44 * 256 - (2 + 5) * 1024);
+  EXPECT_EQ(held("block in work").first, 2 * 2 * (576 + 16));
+  EXPECT_EQ(held("hidden states"), (std::pair{2 * 20.0 * 2 * (8 + 16) + 5 * (8 + 12) * 16, 0.0}));
+
+  // Two row groups on four ranks of one node, a shard each at most: two roots factorize at once. While rows
+  // are solved: a factor, H, C and correction of both groups, a damped H, a panel, and 4 rows of 16 channels.
+  Cluster node = cluster;
+  node.ranks_per_node = 4;
+  config.sensitivity.row_groups = 2;
+  const RankMemory two = quantize_memory(Job(config, model, node, 4, 1), 0);
+  EXPECT_EQ(two.root_bytes, 2 * 1024 + 1024 + 44 * 256 - ((1 + 2 * 3 + 1 + 1) * 1024 + 5 * 4 * 16));
+  EXPECT_EQ(two.node_root_bytes, 2 * two.root_bytes);
+}
+
+TEST(Memory, AWideCovarianceIsSharedByTheRanks) {
+  model::ModelConfig model = tiny_model();
+  model.d_ff = 8192;
+  config::RunConfig config = tiny_config();
+  config.compute_dtype = "bfloat16";
+  Cluster cluster = instant_cluster();
+  cluster.ranks_per_node = 4;
+  const auto solver_bytes = [&](int stages) {
+    for (const auto& found : quantize_memory(Job(config, model, cluster, stages, 1), 0).items)
+      if (found.name == "H, factors and rows") return found.device_bytes + found.host_bytes;
+    return -1.0;
+  };
+  constexpr double kPanel = 384.0 * 8192;
+  // 21 whole panels, and one of 128 columns.
+  const double entries = 384.0 * 384 * (21 * 22 / 2) + 128.0 * 8192;
+  // The f64 triangle, and of one panel f64 twice and f32; on four ranks the sums of the first pass are more:
+  // six panels, a partial sum of each, and one that arrives.
+  EXPECT_EQ(solver_bytes(1), 8 * entries + 20 * kPanel);
+  EXPECT_EQ(solver_bytes(4), std::max(2 * entries + 20 * kPanel, 4 * (6 + 6 + 1) * kPanel));
+  // What needs H whole on every rank is not spread.
+  config.quantization.refinement.sweeps = 1;
+  EXPECT_FALSE(Job(config, model, cluster, 4, 1).is_spread(8192));
+  EXPECT_GT(solver_bytes(4), 4 * 8192.0 * 8192);
+}
+
+TEST(Memory, EvaluationHoldsTwoModelsLogitsInTheirDtype) {
+  const model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  config.compute_dtype = "bfloat16";
+  Cluster cluster = instant_cluster();
+  const auto logits = [&] {
+    for (const auto& found : evaluate_memory(Job(config, model, cluster, 1, 1), 0).items)
+      if (found.name == "logits") return found.device_bytes;
+    return -1.0;
+  };
+  EXPECT_EQ(logits(), 128 * 32 * (4 + 24));
+  cluster.compute.covariance_tflops = 1;
+  EXPECT_EQ(logits(), 128 * 32 * 4);
+}
+
+}  // namespace
+}  // namespace isobath::plan
