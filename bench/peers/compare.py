@@ -71,6 +71,7 @@ def parse_arguments():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32",
                         help="in which peers compute: the faster of the two on the machine")
+    parser.add_argument("--keep", action="store_true", help="keeps a checkpoint of each system, in checkpoints/ of the output")
     parser.add_argument("--isobath", type=Path, default=ROOT / "build/cpu/bin/isobath")
     return parser.parse_args()
 
@@ -137,7 +138,8 @@ def command_of(system, options, bits, checkpoint):
 def run_once(name, options, bits, repeat):
     checkpoint = options.output / "checkpoint"
     shutil.rmtree(checkpoint, ignore_errors=True)
-    log = options.output / "logs" / f"{name}, {bits} bits, {repeat}.log".replace(" ", "-")
+    title = f"{name}, {bits} bits".replace(" ", "-")
+    log = options.output / "logs" / f"{title},-{repeat}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [str(part) for part in command_of(SYSTEMS[name], options, bits, checkpoint)]
     with log.open("w", encoding="utf-8") as file:
@@ -158,6 +160,11 @@ def run_once(name, options, bits, repeat):
         # Its memory is taken when its work is done; what the process does afterwards is our decoding.
         found |= {"seconds": report["total_s"], "peak_gb": report["peak_gb"], "largest_gb": report["peak_gb"],
                   "report": report}
+    if options.keep:
+        kept = options.output / "checkpoints" / title
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.parent.mkdir(exist_ok=True)
+        checkpoint.rename(kept)
     shutil.rmtree(checkpoint, ignore_errors=True)
     return found
 

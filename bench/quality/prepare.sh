@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes what the matrices of bench/quality name, unless it exists: the two models, and for each a token file that calibration
 # samples are drawn from and one for evaluation. Everything comes from installed Python packages (launch/setup.sh test).
-# The small model is trained, EPOCHS passes over 2.6 MB of text (default 1).
+# The small model is trained, EPOCHS passes over 2.6 MB of text (default 1). With WIKITEXT=FOLDER, which holds valid-tokens.txt and
+# wiki.test.raw of WikiText-2, token files of that text are made as well (`wikitext` in the matrices).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=.venv/bin/python
@@ -26,3 +27,11 @@ tokens() { # name, model
 }
 tokens small models/small
 tokens smollm2 models/smollm2-135m
+if [[ -n ${WIKITEXT:-} ]]; then
+  wikitext() { # part, text, options
+    "$python" tools/python/prepare_tokens.py --tokenizer models/smollm2-135m/tokenizer.json --length 1024 "${@:3}" \
+      --output "$data/wikitext-$1.safetensors" "$WIKITEXT/$2"
+  }
+  wikitext calibration valid-tokens.txt --wikitext-detokenize
+  wikitext test wiki.test.raw
+fi

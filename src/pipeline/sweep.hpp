@@ -15,15 +15,15 @@ struct Sweep {
   std::string title;  ///< for a stop request and the watchdog
   Range blocks;       ///< visited from begin to end, or the other way round
   bool is_backward = false;
-  std::vector<std::vector<int64_t>> shapes;  ///< of each item's state; compute dtype
+  std::vector<std::vector<int64_t>> shapes{};  ///< of each item's state; compute dtype
   /// One item through one block. Local.
   std::function<at::Tensor(int64_t block, const model::BlockWeights& weights, int64_t item,
                            const at::Tensor& state)>
-      step;
+      step{};
   /// On the ranks of the block's stage before its first step and after its last; may communicate within the
   /// stage, not over the world. Either may be empty.
-  std::function<void(int64_t block, const model::BlockWeights& weights)> begin_block;
-  std::function<void(int64_t block)> end_block;
+  std::function<void(int64_t block, const model::BlockWeights& weights)> begin_block{};
+  std::function<void(int64_t block)> end_block{};
 };
 
 /// states: one an item on the ranks of the stage that works first, ignored elsewhere. Returns what became of
