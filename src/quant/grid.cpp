@@ -36,7 +36,7 @@ GroupGrid fit_grid(const at::Tensor& w, const at::Tensor& importance, const Grid
     columns = {importance_f32.const_data_ptr<float>(), static_cast<size_t>(n_columns)};
   }
   at::Tensor scale = at::empty({n_rows}, at::kFloat), zero = at::empty({n_rows}, at::kChar);
-  GroupFitter fitter(spec, n_columns, columns);
+  const GroupFitter fitter(spec, n_columns, columns);
   std::vector<float> scratch;
   fit_rows(fitter, weights.const_data_ptr<float>(), n_columns, n_rows, n_columns, scratch,
            [&](int64_t row, const RowGrid& grid) {

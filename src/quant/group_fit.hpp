@@ -19,24 +19,24 @@ struct RowGrid {
   int zero = 0;
 };
 
+/// The largest scale whose largest step does not overflow.
+inline float largest_scale(const GridSpec& spec, const StorageFormat& format) {
+  return round_to_storage(format, format.largest / static_cast<float>(1 << (spec.bits + 1)));
+}
+
 /// The nearest scale that a loader reads back as it is and whose largest step does not overflow; positive.
 [[nodiscard]] float storable_scale(const GridSpec& spec, const StorageFormat& format, float scale);
 
-/// Fits grids of many rows for one group of columns, simd::kLanes rows at a time, one a vector lane. Holds
-/// scratch memory: not shared by threads.
+/// Fits grids of many rows for one group of columns, simd::kLanes rows at a time, one a vector lane. Threads
+/// may share it.
 class GroupFitter {
  public:
   /// importance: one weight per column, or empty (uniform).
   GroupFitter(const GridSpec& spec, int64_t n_columns, std::span<const float> importance);
   /// The value of row r in column j stands at columns[j · stride + r]; grids [kLanes].
-  void fit(const float* columns, int64_t stride, RowGrid* grids);
+  void fit(const float* columns, int64_t stride, RowGrid* grids) const;
 
  private:
-  struct Search;  ///< what the lanes have found so far
-  void search_symmetric(Search& search) const;
-  void search_asymmetric(Search& search) const;
-  void refine(Search& search) const;
-
   GridSpec spec_;
   StorageFormat format_;
   std::vector<float> factors_;
@@ -47,7 +47,7 @@ class GroupFitter {
 /// Fits the rows of w [n_rows, ≥ n_columns] row-major with `stride` between rows: calls take(row, grid) for
 /// each.
 template <class Take>
-void fit_rows(GroupFitter& fitter, const float* w, int64_t stride, int64_t n_rows, int64_t n_columns,
+void fit_rows(const GroupFitter& fitter, const float* w, int64_t stride, int64_t n_rows, int64_t n_columns,
               std::vector<float>& scratch, const Take& take) {
   scratch.resize(static_cast<size_t>(n_columns * kFitLanes));
   std::array<RowGrid, kFitLanes> grids;

@@ -8,11 +8,9 @@
 #include <isobath/quant/solver.hpp>
 
 #include "column_block.hpp"
+#include "feedback_product.hpp"
 
 namespace isobath::quant {
-
-/// Columns that feed their errors to each other at once; those behind them in the block follow together.
-static constexpr int64_t kStep = 16;
 
 /// Panels of the factor that are still needed: the columns [0, end) of the last one have arrived.
 class Panels {
@@ -75,14 +73,13 @@ class RowSolver::Loop {
   Loop(const at::Tensor& w, const Factor& factor, const GridSpec& spec, int64_t tile_rows)
       : factor_(factor),
         spec_(spec),
-        format_(storage_format(spec.storage)),
         n_rows_(w.size(0)),
         n_columns_(w.size(1)),
         width_(n_columns_ / n_groups(n_columns_, spec)),
         tile_rows_(tile_rows),
         order_(factor.order.const_data_ptr<int64_t>()),
         is_permuted_(quant::is_permuted(factor.order)),
-        curvature_(remaining_curvature(factor)),
+        has_dead_(factor.dead.any().item<bool>()),
         largest_curvature_(factor.curvature.max().item<double>()),
         matrix_{spec, at::empty({n_rows_, n_columns_}, at::kChar),
                 at::empty({n_rows_, n_columns_ / width_}, at::kFloat),
@@ -90,6 +87,10 @@ class RowSolver::Loop {
     ISOBATH_CHECK(factor.n_columns() == n_columns_, "factor of {} columns for a weight of {}",
                   factor.n_columns(), n_columns_);
     ISOBATH_CHECK(tile_rows > 0 && tile_rows % kRowTile == 0, "tiles of {} rows", tile_rows);
+    const at::Tensor curvature = remaining_curvature(factor);
+    for (int64_t group = 0; group < n_columns_; group += width_)
+      fitters_.emplace_back(
+          spec, width_, std::span(curvature.const_data_ptr<float>() + group, static_cast<size_t>(width_)));
     for (int64_t row = 0; row < n_rows_; row += tile_rows) tiles_.emplace_back(row, w, *this);
     if (!is_permuted_) return;
     at::parallel_for(0, std::ssize(tiles_), 1, [&](int64_t first, int64_t last) {
@@ -145,13 +146,15 @@ class RowSolver::Loop {
     Tile(int64_t first_row, const at::Tensor& w, const Loop& loop)
         : first_row(first_row),
           n_rows(std::min(loop.tile_rows_, w.size(0) - first_row)),
-          errors(at::zeros({w.size(1), loop.tile_rows_}, at::kFloat)),
+          errors(at::empty({w.size(1), loop.tile_rows_}, at::kFloat)),
           grids(static_cast<size_t>(loop.tile_rows_ / kRowTile * (loop.n_columns_ / loop.width_))) {
       const at::Tensor rows = w.slice(0, first_row, first_row + n_rows).to(at::kFloat);
       check_weights(rows, first_row);
-      at::Tensor columns = errors.slice(1, 0, n_rows);
-      columns.copy_(loop.is_permuted_ ? rows.index_select(1, loop.factor_.order).t() : rows.t());
-      columns.masked_fill_(loop.factor_.dead.index_select(0, loop.factor_.order).unsqueeze(1), 0);
+      errors.slice(1, 0, n_rows)
+          .copy_(loop.is_permuted_ ? rows.index_select(1, loop.factor_.order).t() : rows.t());
+      errors.slice(1, n_rows).zero_();
+      if (loop.has_dead_)
+        errors.masked_fill_(loop.factor_.dead.index_select(0, loop.factor_.order).unsqueeze(1), 0);
     }
     int64_t first_row, n_rows;
     at::Tensor errors;             ///< [C, tile_rows]: w − ŵ of solved columns, w of the others
@@ -177,10 +180,13 @@ class RowSolver::Loop {
     panels_.for_each_in(block, [&](Range part, const at::Tensor& columns) {
       const at::Tensor own = columns.slice(0, block.begin, part.end).contiguous();
       const auto* from = own.const_data_ptr<float>();
-      for (int64_t i = 0; i < own.size(0); ++i)
-        for (int64_t k = 0; k < part.size(); ++k)
-          feedback.rows[static_cast<size_t>((part.begin - block.begin + k) * kBlock + i)] =
-              from[i * part.size() + k];
+      float* to = feedback.rows.data() + (part.begin - block.begin) * kBlock;
+      // Few columns at a time: each is a cache line of its own.
+      constexpr int64_t kColumns = 16;
+      for (int64_t first = 0; first < part.size(); first += kColumns)
+        for (int64_t i = 0; i < own.size(0); ++i)
+          for (int64_t k = first; k < std::min(first + kColumns, part.size()); ++k)
+            to[k * kBlock + i] = from[i * part.size() + k];
     });
     return feedback;
   }
@@ -191,12 +197,13 @@ class RowSolver::Loop {
     const auto* curvature = factor_.curvature.const_data_ptr<double>() + block.begin;
     for (int64_t k = 0; k < n; ++k)
       feedback.curvature[static_cast<size_t>(k)] = static_cast<float>(curvature[k] / largest_curvature_);
+    const FeedbackColumns before = packed(block);
     at::parallel_for(0, std::ssize(tiles_), 1, [&](int64_t first, int64_t last) {
-      const auto work = std::make_unique<ColumnBlock>();
+      const auto work = std::make_unique_for_overwrite<ColumnBlock>();
       for (int64_t t = first; t < last; ++t) {
         Tile& tile = tiles_[static_cast<size_t>(t)];
         if (starts_wide_group(block.begin)) enter_wide_group(tile, block.begin, *work);
-        const at::Tensor targets = current(tile, block);
+        const at::Tensor targets = current(tile, block, before);
         for (int64_t row = 0; row < tile_rows_; row += kRowTile)
           solve_strip(tile, row, block, targets, feedback, *work);
       }
@@ -224,7 +231,7 @@ class RowSolver::Loop {
       for (int64_t row = 0; row < tile_rows_; row += kRowTile) {
         load_strip(targets, 0, row, block.size(), work.targets);
         load_strip(tile.errors, block.begin, row, block.size(), work.errors);
-        settle_columns(work, 0, block.size(), feedback);
+        settle_columns(work, {0, block.size()}, feedback);
         store_strip(work.settled, block.size(), settled, first - begin, row);
         store_strip(work.shifts, block.size(), shifts, first - begin, row);
       }
@@ -245,23 +252,41 @@ class RowSolver::Loop {
     for (int64_t k = 0; k < n; ++k) std::copy_n(columns.data() + k * kRowTile, kRowTile, at + k * to.size(1));
   }
 
+  /// The columns whose errors are not yet in the targets of a block before its first column.
+  [[nodiscard]] Range pending(Range block) const {
+    return {is_permuted_ || width_ <= kBlock ? 0 : block.begin / width_ * width_, block.begin};
+  }
+
+  /// What the columns that are pending feed to a block, packed once for all tiles.
+  [[nodiscard]] FeedbackColumns packed(Range block) const {
+    constexpr int64_t kSourcesAtOnce = 512;
+    const Range from = pending(block);
+    FeedbackColumns columns(from.size(), block.size());
+    panels_.for_each_in(block, [&](Range part, const at::Tensor& panel) {
+      const auto* values = panel.const_data_ptr<float>() + from.begin * panel.stride(0);
+      at::parallel_for(0, from.size(), kSourcesAtOnce, [&](int64_t begin, int64_t end) {
+        columns.pack(values, panel.stride(0), {begin, end},
+                     {part.begin - block.begin, part.end - block.begin});
+      });
+    });
+    return columns;
+  }
+
   /// The targets of a block, with the errors of all columns before it. [n, tile_rows].
-  at::Tensor current(const Tile& tile, Range block) const {
-    if (!tile.wide.defined()) return with_feedback(tile, block, {0, block.begin});
-    const int64_t group = block.begin / width_ * width_;
-    at::Tensor targets = tile.wide.slice(0, block.begin - group, block.end - group).clone();
-    add_feedback(tile, block, {group, block.begin}, targets);
+  at::Tensor current(const Tile& tile, Range block, const FeedbackColumns& before) const {
+    const Range from = pending(block);
+    const at::Tensor& whole = tile.wide.defined() ? tile.wide : tile.errors;
+    const int64_t first = tile.wide.defined() ? from.begin : 0;
+    at::Tensor targets = whole.slice(0, block.begin - first, block.end - first).clone();
+    before.add_product(tile.errors.const_data_ptr<float>() + from.begin * tile_rows_, tile_rows_,
+                       targets.mutable_data_ptr<float>());
     return targets;
   }
 
   at::Tensor with_feedback(const Tile& tile, Range columns, Range from) const {
     at::Tensor targets = tile.errors.slice(0, columns.begin, columns.end).clone();
-    add_feedback(tile, columns, from, targets);
+    add_products(tile.errors.slice(0, from.begin, from.end), from, columns, targets);
     return targets;
-  }
-
-  void add_feedback(const Tile& tile, Range columns, Range from, at::Tensor& targets) const {
-    if (from.size() > 0) add_products(tile.errors.slice(0, from.begin, from.end), from, columns, targets);
   }
 
   /// targets [columns, tile_rows] += (R diag(R)⁻¹)ᵀ errors, errors [from, tile_rows].
@@ -283,33 +308,39 @@ class RowSolver::Loop {
     for (int64_t k = 0; k < n; ++k) grids[static_cast<size_t>(k)] = strip + order_[block.begin + k] / width_;
     const bool fits_here = !is_permuted_ && width_ <= kBlock;
     for (int64_t begin = 0; begin < n;) {
-      int64_t end = std::min(begin + kStep, n);
+      const Range columns{begin, std::min(n, begin + (fits_here ? width_ : kStep))};
+      feed_forward(work, {0, begin}, columns, feedback);
       if (fits_here) {
-        if (begin % width_ == 0) {
-          settle_columns(work, begin, begin + width_, feedback);
-          fit(tile, row, (block.begin + begin) / width_, work.settled.data() + begin * kRowTile, kRowTile);
-        }
-        end = std::min(end, (begin / width_ + 1) * width_);
+        settle_columns(work, columns, feedback);
+        fit(tile, row, (block.begin + begin) / width_, work.settled.data() + begin * kRowTile, kRowTile);
       }
-      solve_columns(work, begin, end, feedback, grids.data(), format_);
-      feed_forward(work, begin, end, n, feedback);
-      begin = end;
+      solve_columns(work, columns, feedback, grids.data(), spec_);
+      begin = columns.end;
     }
     store_strip(work.errors, n, tile.errors, block.begin, row);
     for (const float part : work.squares) tile.squares += part;
-    auto* codes = matrix_.codes.mutable_data_ptr<int8_t>();
-    const int64_t n_here = std::min(kRowTile, tile.n_rows - row);
-    for (int64_t i = 0; i < n_here; ++i) {
-      int8_t* to = codes + (tile.first_row + row + i) * n_columns_;
-      for (int64_t k = 0; k < n; ++k)
-        to[order_[block.begin + k]] = work.codes[static_cast<size_t>(k * kRowTile + i)];
+    store_codes(work, block, tile.first_row + row, std::min(kRowTile, tile.n_rows - row));
+  }
+
+  void store_codes(const ColumnBlock& work, Range block, int64_t first_row, int64_t n_rows) {
+    if (n_rows <= 0) return;
+    auto* codes = matrix_.codes.mutable_data_ptr<int8_t>() + first_row * n_columns_;
+    if (!is_permuted_) {
+      take_codes(work, block.size(), n_rows, codes + block.begin, n_columns_);
+      return;
     }
+    std::array<int8_t, ColumnBlock::kSize> in_order;
+    take_codes(work, block.size(), n_rows, in_order.data(), kBlock);
+    for (int64_t i = 0; i < n_rows; ++i)
+      for (int64_t k = 0; k < block.size(); ++k)
+        codes[i * n_columns_ + order_[block.begin + k]] = in_order[static_cast<size_t>(i * kBlock + k)];
   }
 
   void fit_original(Tile& tile, const at::Tensor& w) const {
     const at::Tensor rows = w.slice(0, tile.first_row, tile.first_row + tile.n_rows).to(at::kFloat);
     at::Tensor columns = at::zeros({n_columns_, tile_rows_}, at::kFloat);
-    columns.slice(1, 0, tile.n_rows).copy_(rows.t()).masked_fill_(factor_.dead.unsqueeze(1), 0);
+    columns.slice(1, 0, tile.n_rows).copy_(rows.t());
+    if (has_dead_) columns.masked_fill_(factor_.dead.unsqueeze(1), 0);
     const auto* from = columns.const_data_ptr<float>();
     for (int64_t row = 0; row < tile_rows_; row += kRowTile)
       for (int64_t group = 0; group < n_columns_ / width_; ++group)
@@ -318,12 +349,10 @@ class RowSolver::Loop {
 
   /// Grids of a group for the rows [row, row + kRowTile) of a tile: columns[k · stride + row].
   void fit(Tile& tile, int64_t row, int64_t group, const float* columns, int64_t stride) const {
-    const auto* curvature = curvature_.const_data_ptr<float>() + group * width_;
-    GroupFitter fitter(spec_, width_, {curvature, static_cast<size_t>(width_)});
     TileGrids& grids = tile.grids[static_cast<size_t>(row / kRowTile * (n_columns_ / width_) + group)];
     std::array<RowGrid, kFitLanes> fitted;
     for (int64_t part = 0; part < kRowTile; part += kFitLanes) {
-      fitter.fit(columns + part, stride, fitted.data());
+      fitters_[static_cast<size_t>(group)].fit(columns + part, stride, fitted.data());
       for (int64_t lane = 0; lane < kFitLanes; ++lane)
         grids.set(part + lane, fitted[static_cast<size_t>(lane)], spec_);
     }
@@ -331,13 +360,13 @@ class RowSolver::Loop {
 
   const Factor& factor_;
   GridSpec spec_;
-  StorageFormat format_;
   int64_t n_rows_, n_columns_;
   int64_t width_;  ///< columns of a group
   int64_t tile_rows_;
   const int64_t* order_;
   bool is_permuted_;
-  at::Tensor curvature_;
+  bool has_dead_;
+  std::vector<GroupFitter> fitters_;  ///< of the groups
   double largest_curvature_;
   QuantizedMatrix matrix_;
   std::vector<Tile> tiles_;
@@ -361,23 +390,6 @@ QuantizedMatrix RowSolver::take() {
 }
 at::Tensor RowSolver::objectives() const {
   return loop_->objectives();
-}
-
-FactoredObjective::FactoredObjective(const at::Tensor& difference, const Factor& factor)
-    : factor_(factor), errors_(difference.index_select(1, factor.order).t().contiguous()) {
-  errors_.masked_fill_(factor.dead.index_select(0, factor.order).unsqueeze(1), 0);
-}
-
-void FactoredObjective::advance(const at::Tensor& panel) {
-  const int64_t end = panel.size(0);
-  const at::Tensor products = panel.t().mm(errors_.slice(0, 0, end));
-  const at::Tensor curvature = factor_.curvature.slice(0, end - panel.size(1), end);
-  squares_ += (products.square().sum(1, false, at::kDouble) * curvature).sum().item<double>();
-}
-
-double FactoredObjective::value() const {
-  const double norm = errors_.square().sum(at::kDouble).item<double>();
-  return std::max(0.0, 0.5 * (squares_ - factor_.damping * factor_.mean * norm));
 }
 
 }  // namespace isobath::quant

@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#include <cmath>
 #include <isobath/core/error.hpp>
 #include <isobath/quant/solver.hpp>
 
@@ -11,8 +12,11 @@ namespace isobath::quant {
 void check_weights(const at::Tensor& w, int64_t first_row) {
   ISOBATH_CHECK(w.dim() == 2 && w.scalar_type() == at::kFloat && w.is_cpu(),
                 "w must be [R, C] f32 on the CPU");
+  if (w.numel() == 0) return;
+  // One pass; a NaN becomes both.
+  const auto [least, most] = at::aminmax(w);
+  if (std::isfinite(least.item<float>()) && std::isfinite(most.item<float>())) return;
   const at::Tensor bad = at::isfinite(w).logical_not();
-  if (!bad.any().item<bool>()) return;
   const at::Tensor first = bad.nonzero()[0];
   fail<NumericError>(
       "the weight is not finite at row {}, column {}; the checkpoint is damaged or a correction overflowed",
@@ -48,9 +52,9 @@ QuantizedMatrix round_to_nearest(const at::Tensor& w, const at::Tensor& importan
   at::parallel_for(0, groups, 1, [&](int64_t first, int64_t last) {
     std::vector<float> scratch;
     for (int64_t group = first; group < last; ++group) {
-      GroupFitter fitter(spec, width,
-                         column_importance.defined() ? part_of(column_importance, group * width, width)
-                                                     : std::span<const float>());
+      const GroupFitter fitter(spec, width,
+                               column_importance.defined() ? part_of(column_importance, group * width, width)
+                                                           : std::span<const float>());
       fit_rows(fitter, from + group * width, n_columns, n_rows, width, scratch,
                [&](int64_t row, const RowGrid& grid) {
                  const int64_t at = row * n_columns + group * width;
@@ -73,6 +77,23 @@ QuantizedMatrix gptq(const at::Tensor& w, const Factor& factor, const GridSpec& 
 double objective(const at::Tensor& w, const at::Tensor& w_hat, const at::Tensor& h) {
   const at::Tensor difference = w_hat.to(at::kFloat) - w.to(at::kFloat);
   return 0.5 * (difference.mm(h.to(at::kFloat)) * difference).sum(at::kDouble).item<double>();
+}
+
+FactoredObjective::FactoredObjective(const at::Tensor& difference, const Factor& factor)
+    : factor_(factor), errors_(difference.index_select(1, factor.order).t().contiguous()) {
+  errors_.masked_fill_(factor.dead.index_select(0, factor.order).unsqueeze(1), 0);
+}
+
+void FactoredObjective::advance(const at::Tensor& panel) {
+  const int64_t end = panel.size(0);
+  const at::Tensor products = panel.t().mm(errors_.slice(0, 0, end));
+  const at::Tensor curvature = factor_.curvature.slice(0, end - panel.size(1), end);
+  squares_ += (products.square().sum(1, false, at::kDouble) * curvature).sum().item<double>();
+}
+
+double FactoredObjective::value() const {
+  const double norm = errors_.square().sum(at::kDouble).item<double>();
+  return std::max(0.0, 0.5 * (squares_ - factor_.damping * factor_.mean * norm));
 }
 
 }  // namespace isobath::quant

@@ -19,7 +19,7 @@ struct StorageFormat {
   float largest;   ///< largest finite value
 };
 
-inline StorageFormat storage_format(at::ScalarType dtype) {
+constexpr StorageFormat storage_format(at::ScalarType dtype) {
   switch (dtype) {
     case at::ScalarType::BFloat16:
       return {16, 0x7fffU, 1U, 0xffff0000U, 0.0F, 0x1p-126F, 0x1.fep127F};
