@@ -342,11 +342,14 @@ Work damped_hessian(double d) {
 
 double candidate_grids(int bits, bool symmetric, bool clip_search) {
   if (!clip_search) return 1;
+  // quant::shrink_factors.
   const double octaves = bits == 2 ? 2.5 : bits == 3 ? 2.0 : bits == 4 ? 1.25 : 1.0;
+  const double per_octave = bits > 4 ? (symmetric ? 64 : 32) : (symmetric ? 8 * bits : 16);
   // At most six rounds of refinement follow, each a least-squares pass and one candidate (asymmetric: three);
   // the search ends when a round changes nothing, and three are counted.
   constexpr double kRounds = 3, kZeros = 9;
-  return symmetric ? octaves * 64 + 2 + kRounds * 2 : (octaves * 32 + 3) * kZeros + 1 + kRounds * 4;
+  return symmetric ? octaves * per_octave + 2 + kRounds * 2
+                   : (octaves * per_octave + 3) * kZeros + 1 + kRounds * 4;
 }
 
 Work solve_rows(double n_rows, double d, const config::Quantization& q) {
