@@ -22,8 +22,8 @@ inline constexpr float kLargestSearched = 1e15F;
 inline constexpr int kRefinements = 6;
 
 /// Shrink factors of the no-clipping scale, geometric. The fewer levels, the further the best range lies
-/// inside the data. Up to 4 bits the refinement that follows makes up for a coarse search; above, a fine one
-/// finds scales whose levels the storage dtype holds exactly (docs/decisions/0011).
+/// inside the data. Up to 4 bits the refinement that follows makes up for a coarse search; at 8 it does not
+/// (docs/decisions/0011-clip-search.md).
 inline std::vector<float> shrink_factors(const GridSpec& spec) {
   const double octaves = spec.bits == 2 ? 2.5 : spec.bits == 3 ? 2.0 : spec.bits == 4 ? 1.25 : 1.0;
   const int per_octave = spec.bits > 4 ? (spec.symmetric ? 64 : 32) : (spec.symmetric ? 8 * spec.bits : 16);
