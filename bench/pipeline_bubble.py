@@ -6,20 +6,14 @@
 Read from the timeline of one run (--trace): time in forward and backward spans without the waits inside them is work, the rest
 between the first forward pass and the last backward pass of all ranks is idle. M counts the microbatches between two drains.
 """
-import argparse
 import json
 import re
 
-from whole_run import run_isobath, scratch
+from whole_run import arguments_of, run_isobath, scratch
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("isobath")
-    parser.add_argument("config")
-    parser.add_argument("--stages", type=int, default=2)
-    parser.add_argument("--set", action="append", default=[], help="key=value, as of isobath")
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__, ("--stages", int, 2))
     with scratch() as space:
         text = run_isobath(arguments.isobath, arguments.config, space / "run", arguments.stages,
                            [f"ranks.stages={arguments.stages}", "ranks.replicas=1", "ranks.threads=1", *arguments.set],

@@ -5,10 +5,9 @@
 
 Run it on an idle machine with two cores. Every run starts anew and writes the same bytes.
 """
-import argparse
 import statistics
 
-from whole_run import events, run_isobath, scratch
+from whole_run import arguments_of, events, run_isobath, scratch
 
 LAYOUTS = {"1 rank": (1, 1), "2 replicas": (1, 2), "2 stages": (2, 1)}
 
@@ -19,12 +18,7 @@ def seconds(output):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("isobath")
-    parser.add_argument("config")
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--set", action="append", default=[], help="key=value, as of isobath")
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__, ("--repeat", int, 3))
     times = {name: [] for name in LAYOUTS}
     with scratch() as space:
         for turn in range(arguments.repeat):

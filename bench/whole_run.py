@@ -1,4 +1,5 @@
-"""What the benches of whole runs share: a scratch directory, the program under mpirun, its events."""
+"""What the benches of whole runs share: their arguments, a scratch directory, the program under mpirun, its events."""
+import argparse
 import contextlib
 import json
 import os
@@ -6,6 +7,17 @@ import pathlib
 import shutil
 import subprocess
 import tempfile
+
+
+def arguments_of(description, *own):
+    """Parsed command line of a bench: the program, its configuration, settings; own: (flag, type, default) of the bench's."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("isobath")
+    parser.add_argument("config")
+    for flag, kind, default in own:
+        parser.add_argument(flag, type=kind, default=default)
+    parser.add_argument("--set", action="append", default=[], help="key=value, as of isobath")
+    return parser.parse_args()
 
 
 @contextlib.contextmanager
