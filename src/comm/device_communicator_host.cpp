@@ -47,8 +47,11 @@ DeviceCommunicator::Transfer DeviceCommunicator::receive_async(at::Tensor& tenso
   return transfer;
 }
 
-void DeviceCommunicator::broadcast(at::Tensor& tensor, int root) const {
-  broadcast_staged(*state_->comm, tensor, root);
+DeviceCommunicator::Transfer DeviceCommunicator::broadcast_async(at::Tensor& tensor, int root) const {
+  Transfer transfer;
+  transfer.state_ = std::make_unique<Transfer::State>(
+      Transfer::State{StagedTransfer::broadcast(*state_->comm, tensor, root)});
+  return transfer;
 }
 
 c10::Device DeviceCommunicator::device() const {

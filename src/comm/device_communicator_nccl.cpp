@@ -132,17 +132,23 @@ DeviceCommunicator::Transfer DeviceCommunicator::receive_async(at::Tensor& tenso
   return transfer;
 }
 
-void DeviceCommunicator::broadcast(at::Tensor& tensor, int root) const {
+DeviceCommunicator::Transfer DeviceCommunicator::broadcast_async(at::Tensor& tensor, int root) const {
+  Transfer transfer;
+  transfer.state_ = std::make_unique<Transfer::State>();
   // Decided by the kind of device alone: a layout that only one rank has must not send the ranks different
   // ways.
-  if (!tensor.is_cuda() || !state_->everyone) return broadcast_staged(*state_->comm, tensor, root);
-  const at::Tensor buffer = tensor.contiguous();
-  const CudaEvent done = state_->everyone->enqueue([&](ncclComm_t comm, cudaStream_t stream) {
+  if (!tensor.is_cuda() || !state_->everyone) {
+    transfer.state_->staged = StagedTransfer::broadcast(*state_->comm, tensor, root);
+    return transfer;
+  }
+  transfer.state_->channel = state_->everyone;
+  const at::Tensor buffer = transfer.state_->buffer = tensor.contiguous();
+  if (!buffer.is_same(tensor)) transfer.state_->destination = tensor;
+  transfer.state_->done = state_->everyone->enqueue([&](ncclComm_t comm, cudaStream_t stream) {
     return ncclBroadcast(buffer.const_data_ptr(), buffer.mutable_data_ptr(), buffer.nbytes(), ncclUint8, root,
                          comm, stream);
   });
-  state_->everyone->wait(done, "device broadcast");
-  if (!buffer.is_same(tensor)) tensor.copy_(buffer);
+  return transfer;
 }
 
 c10::Device DeviceCommunicator::device() const {

@@ -21,7 +21,7 @@ struct Request::State {
   at::Tensor tensor;
   std::vector<Piece> pieces;
   size_t n_done = 0;
-  bool receives = false;
+  enum class Kind { send, receive, broadcast } kind = Kind::send;
   int peer = 0;
   int tag = 0;
 };
@@ -32,9 +32,21 @@ constexpr int kTagLimit = 16000;
 
 void check_transfer(const at::Tensor& tensor, int peer, int tag, const Communicator& comm) {
   ISOBATH_CHECK(tensor.defined() && tensor.is_cpu() && tensor.is_contiguous(),
-                "point-to-point transfers take contiguous CPU tensors");
+                "transfers take contiguous CPU tensors");
   ISOBATH_CHECK(0 <= peer && peer < comm.size(), "peer {} of {} ranks", peer, comm.size());
   ISOBATH_CHECK(0 <= tag && tag < kTagLimit, "tag {} outside [0, {})", tag, kTagLimit);
+}
+
+const char* name_of(Request::State::Kind kind) {
+  switch (kind) {
+    case Request::State::Kind::send:
+      return "send";
+    case Request::State::Kind::receive:
+      return "receive";
+    case Request::State::Kind::broadcast:
+      return "broadcast";
+  }
+  return "";
 }
 
 /// Starts one piece after the other; an empty tensor is one empty message, so that it still orders the ranks.
@@ -59,8 +71,8 @@ Request::Request(Request&&) noexcept = default;
 Request::~Request() {
   if (!state_) return;
   if (std::uncaught_exceptions() == 0) {
-    log::warning("a transfer {} rank {} (tag {}) was dropped without wait()",
-                 state_->receives ? "from" : "to", state_->peer, state_->tag);
+    log::warning("a {} with rank {} (tag {}) was dropped without wait()", name_of(state_->kind), state_->peer,
+                 state_->tag);
   }
   // MPI may still write to or read from the tensor: it has to outlive this process's MPI.
   static_cast<void>(state_.release());
@@ -84,7 +96,7 @@ bool Request::test() {
     MPI_Status status;
     ISOBATH_MPI(MPI_Test(&piece.request, &done, &status));
     if (!done) return false;
-    if (!state_->receives) continue;
+    if (state_->kind != State::Kind::receive) continue;
     int n_received = 0;
     ISOBATH_MPI(MPI_Get_count(&status, MPI_BYTE, &n_received));
     ISOBATH_CHECK(n_received == piece.n_bytes,
@@ -97,14 +109,14 @@ bool Request::test() {
 
 void Request::wait() {
   if (!state_) return;
-  wait_until(state_->receives ? "receive" : "send", [&] { return test(); });
+  wait_until(name_of(state_->kind), [&] { return test(); });
 }
 
 Request Communicator::send_async(const at::Tensor& tensor, int destination, int tag) const {
   check_transfer(tensor, destination, tag, *this);
   Request request;
-  request.state_ = std::make_unique<Request::State>(
-      Request::State{.tensor = tensor, .pieces = {}, .receives = false, .peer = destination, .tag = tag});
+  request.state_ = std::make_unique<Request::State>(Request::State{
+      .tensor = tensor, .pieces = {}, .kind = Request::State::Kind::send, .peer = destination, .tag = tag});
   start_pieces(*request.state_, state_->message_limit, [&](char* bytes, Request::State::Piece& piece) {
     ISOBATH_MPI(MPI_Isend(bytes, piece.n_bytes, MPI_BYTE, destination, tag, state_->handle, &piece.request));
   });
@@ -114,10 +126,21 @@ Request Communicator::send_async(const at::Tensor& tensor, int destination, int 
 Request Communicator::receive_async(at::Tensor& tensor, int source, int tag) const {
   check_transfer(tensor, source, tag, *this);
   Request request;
-  request.state_ = std::make_unique<Request::State>(
-      Request::State{.tensor = tensor, .pieces = {}, .receives = true, .peer = source, .tag = tag});
+  request.state_ = std::make_unique<Request::State>(Request::State{
+      .tensor = tensor, .pieces = {}, .kind = Request::State::Kind::receive, .peer = source, .tag = tag});
   start_pieces(*request.state_, state_->message_limit, [&](char* bytes, Request::State::Piece& piece) {
     ISOBATH_MPI(MPI_Irecv(bytes, piece.n_bytes, MPI_BYTE, source, tag, state_->handle, &piece.request));
+  });
+  return request;
+}
+
+Request Communicator::broadcast_async(at::Tensor& tensor, int root) const {
+  check_transfer(tensor, root, 0, *this);
+  Request request;
+  request.state_ = std::make_unique<Request::State>(Request::State{
+      .tensor = tensor, .pieces = {}, .kind = Request::State::Kind::broadcast, .peer = root, .tag = 0});
+  start_pieces(*request.state_, state_->message_limit, [&](char* bytes, Request::State::Piece& piece) {
+    ISOBATH_MPI(MPI_Ibcast(bytes, piece.n_bytes, MPI_BYTE, root, state_->handle, &piece.request));
   });
   return request;
 }

@@ -14,11 +14,22 @@ constexpr int kImmediatePolls = 200;  // about 30 µs: the answer of a rank that
 constexpr int kYieldingPolls = 100;
 constexpr std::chrono::microseconds kLongestSleep{200};
 
+bool has_core_for_each_rank = false;
+
 }  // namespace
 
+void set_core_for_each_rank(bool has_core) {
+  has_core_for_each_rank = has_core;
+}
+
 void Backoff::pause() {
-  if (n_pauses_ < kImmediatePolls + kYieldingPolls) {
-    if (n_pauses_++ >= kImmediatePolls) sched_yield();
+  if (n_pauses_ < kImmediatePolls) {
+    ++n_pauses_;
+    return;
+  }
+  if (has_core_for_each_rank || n_pauses_ < kImmediatePolls + kYieldingPolls) {
+    if (!has_core_for_each_rank) ++n_pauses_;
+    sched_yield();
     return;
   }
   std::this_thread::sleep_for(sleep_);

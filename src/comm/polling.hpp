@@ -6,8 +6,12 @@
 
 namespace isobath::comm {
 
-/// The pauses between two polls of one wait. A blocking MPI call keeps its core busy, which on oversubscribed
-/// ranks is the core that the awaited rank needs.
+/// Whether a rank that waits may keep its core, as MPI does by itself: the node has one for each of its
+/// ranks. Until this is said waits soon sleep, which on oversubscribed ranks leaves the core to the awaited
+/// rank, but makes it find a message late, and lets a long one through in small portions only.
+void set_core_for_each_rank(bool has_core);
+
+/// The pauses between two polls of one wait. Threads of the same rank get the core whenever they want it.
 class Backoff {
  public:
   void pause();

@@ -35,18 +35,25 @@ StagedTransfer StagedTransfer::receive(const Communicator& comm, at::Tensor& ten
   return transfer;
 }
 
+StagedTransfer StagedTransfer::broadcast(const Communicator& comm, at::Tensor& tensor, int root) {
+  StagedTransfer transfer;
+  if (is_direct(tensor)) {
+    transfer.request_ = comm.broadcast_async(tensor, root);
+    return transfer;
+  }
+  at::Tensor staged = comm.rank() == root ? tensor.cpu().contiguous() : empty_on_host(tensor);
+  transfer.request_ = comm.broadcast_async(staged, root);
+  if (comm.rank() == root) return transfer;
+  transfer.staged_ = std::move(staged);
+  transfer.destination_ = tensor;
+  return transfer;
+}
+
 void StagedTransfer::wait() {
   request_.wait();
   if (staged_.defined()) destination_.copy_(staged_);
   staged_.reset();
   destination_.reset();
-}
-
-void broadcast_staged(const Communicator& comm, at::Tensor& tensor, int root) {
-  if (is_direct(tensor)) return comm.broadcast(tensor, root);
-  at::Tensor staged = comm.rank() == root ? tensor.cpu().contiguous() : empty_on_host(tensor);
-  comm.broadcast(staged, root);
-  if (comm.rank() != root) tensor.copy_(staged);
 }
 
 }  // namespace isobath::comm

@@ -13,6 +13,7 @@ class StagedTransfer {
                                            int destination, int tag);
   [[nodiscard]] static StagedTransfer receive(const Communicator& comm, at::Tensor& tensor, int source,
                                               int tag);
+  [[nodiscard]] static StagedTransfer broadcast(const Communicator& comm, at::Tensor& tensor, int root);
   void wait();
 
  private:
@@ -20,7 +21,5 @@ class StagedTransfer {
   at::Tensor staged_;       // defined while a receive goes through a copy
   at::Tensor destination_;  // where `wait` copies it to
 };
-
-void broadcast_staged(const Communicator& comm, at::Tensor& tensor, int root);
 
 }  // namespace isobath::comm

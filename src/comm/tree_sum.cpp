@@ -52,15 +52,17 @@ bool TreeSum::exists(Node node) const {
   return (node.index << node.level) < static_cast<int64_t>(owners_.size());
 }
 
-int TreeSum::holder(Node node) const {
-  return owners_[static_cast<size_t>(node.index << node.level)];
+int TreeSum::holder(Node node, int root) const {
+  const std::span owners = std::span(owners_).subspan(static_cast<size_t>(node.index << node.level));
+  const auto n = std::min<std::ptrdiff_t>(std::ssize(owners), std::ptrdiff_t{1} << node.level);
+  return std::binary_search(owners.begin(), owners.begin() + n, root) ? root : owners.front();
 }
 
 void TreeSum::add(int64_t shard, at::Tensor total) {
   ISOBATH_CHECK(0 <= shard && shard < static_cast<int64_t>(owners_.size()), "shard {} of {}", shard,
                 owners_.size());
-  ISOBATH_CHECK(holder({0, shard}) == rank_, "shard {} belongs to rank {}, added by rank {}", shard,
-                holder({0, shard}), rank_);
+  const int owner = owners_[static_cast<size_t>(shard)];
+  ISOBATH_CHECK(owner == rank_, "shard {} belongs to rank {}, added by rank {}", shard, owner, rank_);
   ISOBATH_CHECK(!added_[static_cast<size_t>(shard)], "shard {} was added before", shard);
   ISOBATH_CHECK(total.defined() && total.is_cpu() && total.is_contiguous(),
                 "shard totals are contiguous CPU tensors");
@@ -95,26 +97,29 @@ at::Tensor TreeSum::reduce_to(int root, const Communicator& comm, int tag) {
     ISOBATH_CHECK(owners_[s] != rank_ || added_[s], "shard {} was never added", s);
   }
 
-  // A node is held by the owner of its first shard. Owners ascend, so two ranks meet at most once per level,
-  // and tag + level is unambiguous.
+  // Owners ascend, so two ranks meet at most once per level, and tag + level is unambiguous.
   std::vector<Request> sends;
   int level = 0;
   for (; (int64_t{1} << level) < n_shards; ++level) {
     for (int64_t index = 0; (index << level) < n_shards; index += 2) {
       const Node left{level, index}, right{level, index + 1};
-      if (!exists(right) || holder(left) == holder(right)) continue;
-      if (holder(right) == rank_) {
-        sends.push_back(comm.send_async(partial_.extract(right).mapped(), holder(left), tag + level));
-      } else if (holder(left) == rank_) {
-        at::Tensor received = at::empty_like(partial_.at(left));
-        comm.receive(received, holder(right), tag + level);
-        partial_[right] = std::move(received);
-        combine_upwards(left);
+      if (!exists(right)) continue;
+      const int of_left = holder(left, root), of_right = holder(right, root);
+      if (of_left == of_right || (of_left != rank_ && of_right != rank_)) continue;
+      const Node own = of_left == rank_ ? left : right, other = of_left == rank_ ? right : left;
+      const int peer = of_left == rank_ ? of_right : of_left;
+      if (holder({level + 1, index / 2}, root) != rank_) {
+        sends.push_back(comm.send_async(partial_.extract(own).mapped(), peer, tag + level));
+      } else {
+        at::Tensor received = at::empty_like(partial_.at(own));
+        comm.receive(received, peer, tag + level);
+        partial_[other] = std::move(received);
+        combine_upwards(own);
       }
     }
   }
   at::Tensor total;
-  const int holder_of_total = holder({level, 0});
+  const int holder_of_total = holder({level, 0}, root);
   if (rank_ == holder_of_total) total = partial_.extract({level, 0}).mapped();
   if (root != holder_of_total && rank_ == holder_of_total) {
     sends.push_back(comm.send_async(encode_shape(total), root, tag + level));

@@ -106,21 +106,25 @@ void BlockObserver::finish_microbatch(bool is_last_of_shard) {
   }
 }
 
-// Rows [n_local, …] of each replica's sequences, put together on replica 0 in the order of the sequences.
+int BlockObserver::root() const {
+  return static_cast<int>(block_ % session_.grid->shape().replicas);
+}
+
+// Rows [n_local, …] of each replica's sequences, put together on the root in the order of the sequences.
 at::Tensor BlockObserver::gather(const at::Tensor& rows, int tag) const {
   const comm::Communicator& replicas = session_.grid->replicas();
-  if (replicas.rank() != 0) {
-    if (local_sequences_.size() > 0) replicas.send(rows, 0, tag);
+  if (replicas.rank() != root()) {
+    if (local_sequences_.size() > 0) replicas.send(rows, root(), tag);
     return {};
   }
-  std::vector<at::Tensor> parts{rows};
-  for (int r = 1; r < replicas.size(); ++r) {
+  std::vector<at::Tensor> parts;
+  for (int r = 0; r < replicas.size(); ++r) {
     const Range sequences = calibration_.shards.sequences_of(r, replicas.size());
     if (sequences.size() == 0) continue;
     std::vector<int64_t> shape = rows.sizes().vec();
     shape[0] = sequences.size();
-    parts.push_back(at::empty(shape, rows.options()));
-    replicas.receive(parts.back(), r, tag);
+    parts.push_back(r == replicas.rank() ? rows : at::empty(shape, rows.options()));
+    if (r != replicas.rank()) replicas.receive(parts.back(), r, tag);
   }
   return at::cat(parts);
 }
@@ -137,17 +141,17 @@ Perturbations BlockObserver::gather(const Perturbations& local) const {
 BlockStatistics BlockObserver::reduce() {
   ISOBATH_CHECK(!only_token_weights_, "block {} observed nothing but token weights", block_);
   const comm::Communicator& replicas = session_.grid->replicas();
-  const bool is_root = replicas.rank() == 0;
+  const bool is_root = replicas.rank() == root();
   const config::Sensitivity& sensitivity = session_.config.sensitivity;
   BlockStatistics result;
   for (size_t p = 0; p < modules_.size(); ++p) {
     Module& module = modules_[p];
     ModuleStatistics& statistics = result[p];
-    const at::Tensor sums = module.sums[0].reduce_to(0, replicas, 0);
-    const at::Tensor maxima = module.maxima[0].reduce_to(0, replicas, kTagStride);
+    const at::Tensor sums = module.sums[0].reduce_to(root(), replicas, 0);
+    const at::Tensor maxima = module.maxima[0].reduce_to(root(), replicas, kTagStride);
     std::vector<at::Tensor> covariances;
     for (comm::TreeSum& tree : module.covariances)
-      covariances.push_back(tree.reduce_to(0, replicas, 2 * kTagStride));
+      covariances.push_back(tree.reduce_to(root(), replicas, 2 * kTagStride));
     statistics.token_weights = gather(module.token_weights, 3 * kTagStride);
     if (module.perturbations) statistics.perturbations = gather(module.perturbations->value());
     if (!is_root) continue;

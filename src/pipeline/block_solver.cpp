@@ -51,7 +51,6 @@ void BlockSolver::factorize_whole(const std::vector<SolverUnit*>& units, int64_t
                            ? quant::qep_correction(unit->c, unit->h, asymmetric.ridge)
                            : quant::gptaq_correction(unit->c, unit->factor);
   }
-  for (SolverUnit* unit : units) share(*unit, n_channels);
 }
 
 void BlockSolver::share(SolverUnit& unit, int64_t n_channels) const {
@@ -94,13 +93,20 @@ void BlockSolver::factorize(const std::vector<SolverUnit*>& units, int64_t n_cha
     factorize_spread(session_, calibration_, *unit, factor_spec_, for_each_input);
 }
 
+void BlockSolver::share(const std::vector<SolverUnit*>& units, int64_t n_channels) const {
+  if (units.front()->layout.is_spread) return;
+  for (SolverUnit* unit : units) share(*unit, n_channels);
+}
+
 std::vector<Solved> BlockSolver::solve(int64_t block, const std::vector<SolveTask>& tasks,
                                        const model::BlockWeights& weights,
                                        const ForEachInput& for_each_input) const {
   const Timer timer;
-  std::vector<SolverUnit> units = make_units(session_, tasks, weights, block);
   const int64_t n_channels = weights[tasks.front().projection].weight.size(1);
+  std::optional<trace::Span> span(std::in_place, "token weights");
+  std::vector<SolverUnit> units = make_units(session_, tasks, weights, block);
   shrink_weights(session_, calibration_, units, n_channels, for_each_input);
+  span.reset();
 
   std::vector<Solved> solved(tasks.size());
   for (size_t t = 0; t < tasks.size(); ++t) {
@@ -119,7 +125,10 @@ std::vector<Solved> BlockSolver::solve(int64_t block, const std::vector<SolveTas
   for (size_t first = 0; first < units.size(); first += n_together) {
     std::vector<SolverUnit*> together;
     for (size_t u = first; u < first + n_together; ++u) together.push_back(&units[u]);
+    SetRows rows(session_, together, tasks, weights, solved);
     factorize(together, n_channels, for_each_input);
+    rows.round();
+    share(together, n_channels);
     // A weighted H that no damping saved is replaced by the plain one; where that fails too, the rows are
     // rounded.
     std::vector<SolverUnit*> failed;
@@ -130,9 +139,12 @@ std::vector<Solved> BlockSolver::solve(int64_t block, const std::vector<SolveTas
       unit->is_weighted = false;
       unit->token_weights.reset();
     }
-    if (!failed.empty()) factorize(failed, n_channels, for_each_input);
+    if (!failed.empty()) {
+      factorize(failed, n_channels, for_each_input);
+      share(failed, n_channels);
+    }
+    rows.solve(solved);
     for (SolverUnit* unit : together) {
-      solve_rows(session_, *unit, tasks, weights, solved);
       describe(*unit, n_channels, solved);
       unit->factor = {};
       unit->h = unit->c = unit->correction = at::Tensor();

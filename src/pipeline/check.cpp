@@ -6,6 +6,7 @@
 #include <isobath/model/balance.hpp>
 #include <isobath/model/checkpoint_reader.hpp>
 #include <isobath/pipeline/run.hpp>
+#include <isobath/pipeline/session.hpp>
 #include <isobath/pipeline/validate.hpp>
 #include <isobath/plan/plan.hpp>
 #include <isobath/quant/grid.hpp>
@@ -128,7 +129,9 @@ CheckResult check(const config::RunConfig& config, int n_ranks) {
     attempt([&] {
       const int stages = config.ranks.stages > 0 ? config.ranks.stages : n_ranks;
       if (config.ranks.stages > 0) {
-        const std::vector<Range> ranges = model::balance_stages(model, config.calibration.length, stages);
+        const std::vector<Range> ranges =
+            model::balance_stages(model, config.calibration.length, stages,
+                                  kept_activations(config, choose_dtype(config, model, c10::kCPU)));
         std::string text;
         for (const Range& range : ranges) text += fmt::format(" [{}, {})", range.begin, range.end);
         result.summary += fmt::format("stages     {}:{}\n", stages, text);

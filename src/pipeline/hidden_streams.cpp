@@ -25,8 +25,8 @@ HiddenStreams::HiddenStreams(const Session& session, const CalibrationSet& calib
   if (with_original) original_.emplace(session, calibration, "original");
 }
 
-void HiddenStreams::embed(const at::Tensor& embedding) {
-  quantized_.embed(embedding);
+void HiddenStreams::embed(const at::Tensor& embedding, const at::Tensor& tokens) {
+  quantized_.embed(embedding, tokens);
   if (!original_) return;
   // Hidden states are replaced, never changed in place: the streams start from the same tensors.
   for (const data::Microbatch& microbatch : microbatches())

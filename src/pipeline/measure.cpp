@@ -139,10 +139,8 @@ class Stage {
   /// Blocks of this stage whose activations fit the memory set aside for all microbatches in flight.
   [[nodiscard]] int64_t count_kept_blocks() const {
     const int64_t in_flight = session_.grid->shape().stages - session_.grid->stage();
-    const int64_t n_tokens = session_.config.calibration.microbatch * calibration_.tokens.length();
-    return model::count_kept_blocks(session_.model(), n_tokens,
-                                    static_cast<int64_t>(c10::elementSize(session_.dtype)), in_flight,
-                                    session_.config.ranks.activation_gib);
+    return model::count_kept_blocks(session_.model(), kept_activations(session_.config, session_.dtype),
+                                    in_flight);
   }
 
   const Session& session_;
@@ -199,16 +197,23 @@ void measure_pipelined(const Session& session, const CalibrationSet& calibration
     }
   }
 
-  // D and the reduced statistics of each block meet on replica 0 of its stage, which writes the block's file.
+  // D and the reduced statistics of as many blocks as there are replicas meet on one of these each; then all
+  // replicas write their block's file at once.
   const StatisticsHeader header = statistics_header(session, calibration, pass.loss);
   std::string failure;
   ExitCode code = ExitCode::io;
-  for (size_t i = 0; i < stage.observers().size(); ++i) {
-    const trace::Span span("reduce and write statistics", stage.blocks().begin + static_cast<int64_t>(i));
-    const BlockStatistics statistics = stage.observers()[i].reduce();
-    if (session.grid->replica() != 0 || !failure.empty()) continue;
+  std::optional<std::pair<int64_t, BlockStatistics>> to_write;
+  for (int64_t block = stage.blocks().begin; block < stage.blocks().end; ++block) {
+    const trace::Span span("reduce and write statistics", block);
+    BlockObserver& observer = stage.observers()[static_cast<size_t>(block - stage.blocks().begin)];
+    BlockStatistics statistics = observer.reduce();
+    if (session.grid->replica() == observer.root()) to_write.emplace(block, std::move(statistics));
+    const bool writes_now = (block + 1) % shape.replicas == 0 || block + 1 == stage.blocks().end;
+    if (!writes_now || !to_write) continue;
+    const auto [number, of_block] = *std::exchange(to_write, std::nullopt);
+    if (!failure.empty()) continue;
     try {
-      write_statistics(pass.directory, stage.blocks().begin + static_cast<int64_t>(i), header, statistics);
+      write_statistics(pass.directory, number, header, of_block);
     } catch (const Error& error) {
       failure = error.what();
       code = error.code();

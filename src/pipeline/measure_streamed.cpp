@@ -92,7 +92,8 @@ void measure_streamed(const Session& session, const CalibrationSet& calibration,
              [&](int64_t block, BlockObserver& observer) {
                const trace::Span span("reduce and write statistics", block);
                const BlockStatistics statistics = observer.reduce();
-               if (session.grid->replica() == 0) write_statistics(pass.directory, block, header, statistics);
+               if (session.grid->replica() == observer.root())
+                 write_statistics(pass.directory, block, header, statistics);
              });
 }
 

@@ -42,18 +42,17 @@ std::map<std::string, std::string> ModelOutput::provenance() const {
           {"isobath.options", options}};
 }
 
-std::vector<std::string> ModelOutput::write_outside_blocks() const {
-  std::vector<std::string> written;
-  session_.world().agree_on([&] {
-    if (session_.world().rank() != 0) return;
-    io::make_directories(partial_);
-    io::NamedTensors tensors;
-    for (const std::string& name : session_.source->tensors_outside_blocks())
-      tensors.emplace_back(name, session_.source->tensors().read(name));
-    io::write_safetensors(partial_ / shard_name(1), tensors, provenance());
-    written.push_back(shard_name(1));
-  });
-  return written;
+void ModelOutput::start() const {
+  fs::remove_all(partial_);
+  io::make_directories(partial_);
+}
+
+std::string ModelOutput::write_outside_blocks() const {
+  io::NamedTensors tensors;
+  for (const std::string& name : session_.source->tensors_outside_blocks())
+    tensors.emplace_back(name, session_.source->tensors().read(name));
+  io::write_safetensors(partial_ / shard_name(1), tensors, provenance());
+  return shard_name(1);
 }
 
 std::string ModelOutput::write_block(

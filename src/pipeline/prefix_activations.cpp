@@ -12,15 +12,14 @@ using model::Projection;
 PrefixActivations::PrefixActivations(const Session& session, const CalibrationSet& calibration,
                                      std::string stream)
     : session_(session),
-      calibration_(calibration),
       stream_(std::move(stream)),
       rotary_(model::Rotary::make(session.model(), calibration.tokens.length(), session.device)),
       microbatches_(calibration.shards.microbatches_of(session.world().rank(), session.world().size())) {}
 
-void PrefixActivations::embed(const at::Tensor& embedding) {
+void PrefixActivations::embed(const at::Tensor& embedding, const at::Tensor& tokens) {
   for (const data::Microbatch& microbatch : microbatches_)
-    hidden_[microbatch.index] =
-        model::embed(embedding, calibration_.tokens_of(microbatch.sequences).to(session_.device));
+    hidden_[microbatch.index] = model::embed(
+        embedding, tokens.slice(0, microbatch.sequences.begin, microbatch.sequences.end).to(session_.device));
 }
 
 at::Tensor PrefixActivations::input(int set, const model::BlockWeights& weights, int64_t microbatch) const {

@@ -13,6 +13,7 @@
 #include <isobath/core/trace.hpp>
 #include <isobath/formats/compressed_tensors.hpp>
 #include <isobath/io/files.hpp>
+#include <isobath/model/head.hpp>
 #include <isobath/pipeline/checkpoint_pace.hpp>
 #include <isobath/pipeline/hidden_streams.hpp>
 #include <isobath/pipeline/model_output.hpp>
@@ -102,55 +103,80 @@ class QuantizePass {
       return;
     }
     session_.world().agree_on([&] {
-      if (session_.world().rank() == 0) fs::remove_all(output_.partial_directory());
+      if (session_.world().rank() != 0) return;
+      output_.start();
+      writing_ = std::async(std::launch::async, [this] { return output_.write_outside_blocks(); });
     });
-    new_outputs_ = output_.write_outside_blocks();
     if (n_travelled_ > 0) embed_tokens();
   }
 
   void embed_tokens() {
     const at::NoGradGuard no_grad;
-    // The first stage holds the embedding; every rank needs its own rows once.
-    const model::ModelConfig& model = session_.model();
+    // The first stage holds the embedding; every rank needs the rows of its own tokens once. Those of all
+    // tokens that occur go to all.
     const int owner = session_.grid->world_rank(0, 0);
-    at::Tensor embedding;
+    const bool is_mine = session_.world().rank() == owner || all_ranks_hold_all();
+    const auto [occurring, place] =
+        at::_unique(calibration_.tokens.tokens.to(at::kLong), /*sorted=*/true, /*return_inverse=*/true);
+    at::Tensor rows;
     session_.world().agree_on([&] {
-      if (session_.world().rank() == owner) embedding = stage_weights_.embedding();
+      if (is_mine) rows = model::embed(stage_weights_.embedding(), occurring.to(session_.device));
     });
-    if (!embedding.defined())
-      embedding = at::empty({model.vocab_size, model.d_model},
-                            at::TensorOptions().dtype(session_.dtype).device(session_.device));
-    device_comm_.broadcast(embedding, owner);
-    streams_.embed(embedding);
+    if (!rows.defined())
+      rows = at::empty({occurring.numel(), session_.model().d_model},
+                       at::TensorOptions().dtype(session_.dtype).device(session_.device));
+    if (!all_ranks_hold_all()) device_comm_.broadcast(rows, owner);
+    streams_.embed(rows, place);
+  }
+
+  // Resident replicas of the whole model: no weights need travel.
+  [[nodiscard]] bool all_ranks_hold_all() const {
+    return !stage_weights_.is_streamed() && session_.grid->shape().stages == 1;
   }
 
   [[nodiscard]] int owner_of_block(int64_t block) const {
     return session_.grid->world_rank(session_.stage_of(block), 0);
   }
 
-  // Every rank works on every block: its owner sends the weights to all.
-  [[nodiscard]] model::BlockWeights share_block(int64_t block) const {
-    const trace::Span span("weights to all ranks", block);
+  // Every rank works on every block: its owner sends the weights to all that may not hold them.
+  void start_sharing(int64_t block) {
     const model::ModelConfig& model = session_.model();
     const int owner = owner_of_block(block);
     const auto options = at::TensorOptions().dtype(session_.dtype).device(session_.device);
     const bool is_next_mine =
         block + 1 < model.n_blocks && session_.world().rank() == owner_of_block(block + 1);
     const bool is_mine = session_.world().rank() == owner || stage_weights_.holds(block);
-    model::BlockWeights shared =
-        take_block(session_, stage_weights_, block, is_mine, is_next_mine ? block + 1 : -1);
+    arriving_.block = block;
+    arriving_.weights = take_block(session_, stage_weights_, block, is_mine, is_next_mine ? block + 1 : -1);
+    if (all_ranks_hold_all()) return;
     const auto share = [&](at::Tensor& tensor, at::IntArrayRef shape) {
       if (!tensor.defined()) tensor = at::empty(shape, options);
-      device_comm_.broadcast(tensor, owner);
+      arriving_.transfers.push_back(device_comm_.broadcast_async(tensor, owner));
     };
-    share(shared.input_norm, {model.d_model});
-    share(shared.post_attention_norm, {model.d_model});
+    share(arriving_.weights.input_norm, {model.d_model});
+    share(arriving_.weights.post_attention_norm, {model.d_model});
     for (int p = 0; p < model::kProjections; ++p) {
       const model::ModuleShape shape = model::module_shape(model, static_cast<Projection>(p));
-      share(shared[static_cast<Projection>(p)].weight, {shape.rows, shape.columns});
-      if (shape.has_bias) share(shared[static_cast<Projection>(p)].bias, {shape.rows});
+      model::Linear& linear = arriving_.weights[static_cast<Projection>(p)];
+      share(linear.weight, {shape.rows, shape.columns});
+      if (shape.has_bias) share(linear.bias, {shape.rows});
     }
-    return shared;
+  }
+
+  void wait_for_weights() {
+    for (comm::DeviceCommunicator::Transfer& transfer : arriving_.transfers) transfer.wait();
+    arriving_.transfers.clear();
+  }
+
+  // Resident weights of the next block travel while this one is in work; streamed ones are being read.
+  [[nodiscard]] model::BlockWeights share_block(int64_t block) {
+    const trace::Span span("weights to all ranks", block);
+    if (arriving_.block != block) start_sharing(block);
+    wait_for_weights();
+    model::BlockWeights weights = std::move(arriving_.weights);
+    arriving_ = {};
+    if (!stage_weights_.is_streamed() && block + 1 < session_.model().n_blocks) start_sharing(block + 1);
+    return weights;
   }
 
   void quantize_block(int64_t block, report::Progress& progress) {
@@ -159,9 +185,11 @@ class QuantizePass {
     const Timer timer;
     model::BlockWeights weights = share_block(block);
     std::array<at::Tensor, model::kProjections> token_weights;
-    if (is_weighted_)
+    if (is_weighted_) {
+      const trace::Span reading("read token weights", block);
       session_.world().agree_on(
           [&] { token_weights = read_token_weights(reestimation_.statistics(state_), block); });
+    }
 
     const bool travels = block < n_travelled_;
     if (travels) streams_.enter_block(weights);
@@ -180,6 +208,7 @@ class QuantizePass {
         std::vector<Solved> solved = travels
                                          ? solver_.solve(block, tasks, weights, streams_.inputs(set, weights))
                                          : round_set(block, tasks, weights);
+        const trace::Span values("dequantize", set);
         for (size_t t = 0; t < tasks.size(); ++t) {
           // What follows sees the weights that a loader will see.
           weights[tasks[t].projection].weight =
@@ -199,6 +228,7 @@ class QuantizePass {
   // Silent differences between ranks are the worst failure of a distributed quantizer: every block is
   // compared.
   void require_same_codes(int64_t block) const {
+    const trace::Span span("compare codes", block);
     Digest digest;
     for (const auto& [projection, matrix] : matrices_)
       digest.update(matrix.codes).update(matrix.scale).update(matrix.zero);
@@ -274,9 +304,10 @@ class QuantizePass {
       since_saved_.restart();
       events_.write("checkpoint", {{"next_block", state_.next_block}, {"seconds", timer.seconds()}});
     }
-    if (stop && !is_last)
-      fail<StopRequested>("stopped on request after block {} of {}; `--resume` continues there",
-                          state_.next_block, session_.model().n_blocks);
+    if (!stop || is_last) return;
+    wait_for_weights();
+    fail<StopRequested>("stopped on request after block {} of {}; `--resume` continues there",
+                        state_.next_block, session_.model().n_blocks);
   }
 
   QuantizeResult finish(const Timer& timer) {
@@ -325,11 +356,16 @@ class QuantizePass {
   bool is_weighted_;  // D weights H, so there is something to estimate again
   Reestimation reestimation_;
   checkpoint::RunState state_;
+  struct Arriving {
+    int64_t block = -1;
+    model::BlockWeights weights;
+    std::vector<comm::DeviceCommunicator::Transfer> transfers;
+  } arriving_;                                             // the block after the one in work
   std::map<Projection, quant::QuantizedMatrix> matrices_;  // of the block in work
-  std::vector<std::string> new_outputs_;
+  std::vector<std::string> new_outputs_;  // files of model.partial/ that no generation holds yet
   CheckpointPace pace_;
   Timer since_saved_;
-  std::future<std::string> writing_;  // its destructor waits for the thread
+  std::future<std::string> writing_;  // a file of model.partial/; its destructor waits for the thread
 };
 
 }  // namespace

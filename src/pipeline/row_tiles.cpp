@@ -2,8 +2,10 @@
 
 #include <ATen/ATen.h>
 
+#include <cmath>
 #include <isobath/core/trace.hpp>
 #include <isobath/pipeline/share.hpp>
+#include <isobath/pipeline/tile_deal.hpp>
 #include <isobath/quant/correction.hpp>
 #include <isobath/quant/refine.hpp>
 #include <isobath/quant/row_solver.hpp>
@@ -14,6 +16,10 @@ namespace {
 
 // Of a module's tiles, those whose rounding is judged when it is estimated; the first is one of them.
 constexpr int64_t kSampledTiles = 16;
+
+// Of work, in multiply-adds of an f32 product: a weight's grid and code, an f64 multiply-add of a
+// factorization.
+constexpr double kCostOfFit = 1000, kCostOfFactorization = 4;
 
 quant::QuantizedMatrix rows_of(const quant::QuantizedMatrix& whole, Range rows) {
   return {.spec = whole.spec,
@@ -28,8 +34,10 @@ void copy_rows(quant::QuantizedMatrix to, const quant::QuantizedMatrix& from) {
   to.zero.copy_(from.zero);
 }
 
+}  // namespace
+
 /// This rank's tiles of the rows of one module that a unit serves.
-class RowTiles {
+class SetRows::RowTiles {
  public:
   RowTiles(const Session& session, const SolverUnit& unit, const at::Tensor& weight,
            quant::QuantizedMatrix matrix)
@@ -40,21 +48,31 @@ class RowTiles {
         height_(quant::tile_rows(weight.size(0))),
         n_tiles_((weight.size(0) + height_ - 1) / height_),
         every_(weight.size(1) < kSampledColumns ? 1 : kSampledTiles),
-        tiles_(partition(n_tiles_, session.world().size(), session.world().rank())),
-        objectives_(at::zeros({n_tiles_, 3}, at::kDouble)) {
-    if (tiles_.size() == 0 || unit.factor.failed) return;
-    const at::Tensor own = weight.slice(0, tiles_.begin * height_, tiles_.end * height_).cpu();
-    target_ = unit.correction.defined()
-                  ? quant::corrected(own, unit.correction, session.config.quantization.asymmetric.strength)
+        objectives_(at::zeros({n_tiles_, 3}, at::kDouble)) {}
+
+  [[nodiscard]] TileWork work() const {
+    const auto n_columns = static_cast<double>(weight_.size(1));
+    const double weights = static_cast<double>(height_) * n_columns, fit = weights * kCostOfFit,
+                 product = weights * n_columns / 2;
+    return {n_tiles_, every_, fit + product, fit, product};
+  }
+  void deal(TileShare share) { share_ = std::move(share); }
+
+  void round_early() { round(share_.early); }
+
+  /// To be called when the factor is there, but for its panels.
+  void begin() {
+    if (unit_.factor.failed) return;
+    round(share_.late);
+    for (auto& [tile, difference] : differences_)
+      rounded_.emplace_back(tile, quant::FactoredObjective(std::exchange(difference, {}), unit_.factor));
+    differences_.clear();
+    if (share_.solved.size() == 0) return;
+    const at::Tensor own = weight_.slice(0, share_.solved.begin * height_, share_.solved.end * height_).cpu();
+    target_ = unit_.correction.defined()
+                  ? quant::corrected(own, unit_.correction, session_.config.quantization.asymmetric.strength)
                   : own;
-    solver_.emplace(target_, unit.factor, matrix_.spec, height_);
-    for (int64_t tile = tiles_.begin; tile < tiles_.end; ++tile) {
-      if (tile % every_ != 0) continue;
-      const at::Tensor original = tile_of(weight_, tile);
-      const at::Tensor rounded =
-          quant::dequantize(quant::round_to_nearest(original, {}, matrix_.spec)).to(at::kFloat);
-      rounded_.emplace_back(tile, quant::FactoredObjective(rounded - original, unit.factor));
-    }
+    solver_.emplace(target_, unit_.factor, matrix_.spec, height_);
   }
 
   void advance(const at::Tensor& panel) {
@@ -64,10 +82,9 @@ class RowTiles {
 
   /// Writes this rank's codes and shares those of all.
   void finish(ModuleRecord& record) {
-    if (unit_.factor.failed)
-      round();
-    else if (solver_)
-      choose();
+    if (unit_.factor.failed) keep_nearest();
+    for (const auto& [tile, objective] : rounded_) objectives_[tile][0] = objective.value();
+    if (solver_) choose();
     for (at::Tensor* part : {&matrix_.codes, &matrix_.scale, &matrix_.zero, &objectives_})
       share_disjoint(*part, session_.world());
     // In the order of the tiles, whoever had them.
@@ -94,8 +111,17 @@ class RowTiles {
     return rows.slice(0, range.begin, range.end).to(at::kCPU, at::kFloat).contiguous();
   }
 
-  void round() {
-    for (int64_t tile = tiles_.begin; tile < tiles_.end; ++tile) {
+  void round(const std::vector<int64_t>& tiles) {
+    for (const int64_t tile : tiles) {
+      const at::Tensor original = tile_of(weight_, tile);
+      const at::Tensor rounded =
+          quant::dequantize(quant::round_to_nearest(original, {}, matrix_.spec)).to(at::kFloat);
+      differences_.emplace_back(tile, rounded - original);
+    }
+  }
+
+  void keep_nearest() {
+    for (int64_t tile = share_.solved.begin; tile < share_.solved.end; ++tile) {
       copy_rows(rows_of(matrix_, rows_in(tile)),
                 quant::round_to_nearest(tile_of(weight_, tile), {}, matrix_.spec));
       objectives_[tile].fill_(std::numeric_limits<double>::quiet_NaN());
@@ -103,19 +129,18 @@ class RowTiles {
   }
 
   void choose() {
-    for (const auto& [tile, objective] : rounded_) objectives_[tile][0] = objective.value();
     const at::Tensor chosen = solver_->objectives();
-    const int64_t first_row = tiles_.begin * height_;
+    const int64_t first_row = share_.solved.begin * height_;
     copy_rows(rows_of(matrix_, {first_row, first_row + target_.size(0)}), solver_->take());
     solver_.reset();
-    for (int64_t tile = tiles_.begin; tile < tiles_.end; ++tile)
-      objectives_[tile][1] = chosen[tile - tiles_.begin];
+    for (int64_t tile = share_.solved.begin; tile < share_.solved.end; ++tile)
+      objectives_[tile][1] = chosen[tile - share_.solved.begin];
     const int64_t n_sweeps = session_.config.quantization.refinement.sweeps;
     if (n_sweeps == 0 && !unit_.correction.defined()) return;
     // The codes are no longer those of the loop, or not chosen for the original weights.
     const at::Tensor damped_h =
         n_sweeps > 0 ? quant::damped_hessian(unit_.h, unit_.factor.damping) : at::Tensor();
-    for (int64_t tile = tiles_.begin; tile < tiles_.end; ++tile) {
+    for (int64_t tile = share_.solved.begin; tile < share_.solved.end; ++tile) {
       const Range range = rows_in(tile);
       quant::QuantizedMatrix part = rows_of(matrix_, range);
       if (damped_h.defined()) {
@@ -136,34 +161,75 @@ class RowTiles {
   quant::QuantizedMatrix matrix_;  ///< all rows; shares its tensors with the module's
   at::Tensor weight_;              ///< [rows, C]
   int64_t height_, n_tiles_, every_;
-  Range tiles_;
+  TileShare share_;
   at::Tensor objectives_;  ///< [tiles, 3] f64: rounded, chosen, asymmetric
   at::Tensor target_;      ///< this rank's rows, corrected
   std::optional<quant::RowSolver> solver_;
+  std::vector<std::pair<int64_t, at::Tensor>> differences_;  ///< of rounded tiles, until the factor is there
   std::vector<std::pair<int64_t, quant::FactoredObjective>> rounded_;
 };
 
-}  // namespace
-
-void solve_rows(const Session& session, SolverUnit& unit, const std::vector<SolveTask>& tasks,
-                const model::BlockWeights& weights, std::vector<Solved>& solved) {
+SetRows::SetRows(const Session& session, const std::vector<SolverUnit*>& units,
+                 const std::vector<SolveTask>& tasks, const model::BlockWeights& weights,
+                 const std::vector<Solved>& solved)
+    : session_(session), units_(units), modules_(units.size()) {
   const comm::Communicator& world = session.world();
-  std::vector<RowTiles> modules;
-  for (const SolverUnit::Rows& served : unit.serves) {
-    const at::Tensor& weight = weights[tasks[served.task].projection].weight;
-    modules.emplace_back(session, unit, weight.slice(0, served.rows.begin, served.rows.end),
-                         rows_of(solved[served.task].matrix, served.rows));
-  }
-  if (!unit.factor.failed) {
-    for (size_t p = 0; p < unit.layout.columns.size(); ++p) {
-      const at::Tensor panel = share_panel(unit.factor, unit.layout, p, world);
-      unit.factor.panels[p].reset();
-      const trace::Span span("solve rows");
-      for (RowTiles& module : modules) module.advance(panel);
+  std::vector<double> factorization(static_cast<size_t>(world.size()), 0.0);
+  std::vector<TileWork> work;
+  for (size_t u = 0; u < units.size(); ++u) {
+    const SolverUnit& unit = *units[u];
+    for (const SolverUnit::Rows& served : unit.serves) {
+      const at::Tensor& weight = weights[tasks[served.task].projection].weight;
+      modules_[u].emplace_back(session, unit, weight.slice(0, served.rows.begin, served.rows.end),
+                               rows_of(solved[served.task].matrix, served.rows));
+      work.push_back(modules_[u].back().work());
     }
+    // All ranks factorize what is spread.
+    if (!unit.layout.is_spread)
+      factorization[static_cast<size_t>(unit.root)] +=
+          kCostOfFactorization * std::pow(static_cast<double>(unit.layout.columns.back().end), 3) / 6;
   }
+  std::vector<TileShare> shares = deal_tiles(work, factorization, world.rank());
+  auto share = shares.begin();
+  for (std::vector<RowTiles>& of_unit : modules_)
+    for (RowTiles& module : of_unit) module.deal(std::move(*share++));
+}
+SetRows::~SetRows() = default;
+
+void SetRows::round() {
+  const trace::Span span("round tiles");
+  for (std::vector<RowTiles>& of_unit : modules_)
+    for (RowTiles& module : of_unit) module.round_early();
+}
+
+void SetRows::solve(std::vector<Solved>& solved) {
+  const comm::Communicator& world = session_.world();
+  const PanelLayout& layout = units_.front()->layout;
+  // A factor small enough goes to all ranks at once: then none of them waits before all its tiles are solved.
+  if (layout.columns.back().end <= quant::kWholeColumns)
+    for (SolverUnit* unit : units_)
+      for (size_t p = 0; p < layout.columns.size() && !unit->factor.failed; ++p)
+        unit->factor.panels[p] = share_panel(unit->factor, unit->layout, p, world);
+  {
+    const trace::Span span("begin rows");
+    for (std::vector<RowTiles>& of_unit : modules_)
+      for (RowTiles& module : of_unit) module.begin();
+  }
+  for (size_t p = 0; p < layout.columns.size(); ++p)
+    for (size_t u = 0; u < units_.size(); ++u) {
+      quant::Factor& factor = units_[u]->factor;
+      if (factor.failed) continue;
+      const at::Tensor panel = layout.columns.back().end <= quant::kWholeColumns
+                                   ? factor.panels[p]
+                                   : share_panel(factor, units_[u]->layout, p, world);
+      factor.panels[p].reset();
+      const trace::Span span("solve rows");
+      for (RowTiles& module : modules_[u]) module.advance(panel);
+    }
   const trace::Span span("codes to all ranks");
-  for (size_t m = 0; m < modules.size(); ++m) modules[m].finish(solved[unit.serves[m].task].record);
+  for (size_t u = 0; u < units_.size(); ++u)
+    for (size_t m = 0; m < modules_[u].size(); ++m)
+      modules_[u][m].finish(solved[units_[u]->serves[m].task].record);
 }
 
 }  // namespace isobath::pipeline

@@ -35,16 +35,8 @@ bool has_bfloat16_instructions() {
 #endif
 }
 
-at::ScalarType choose_dtype(const std::string& requested, at::ScalarType of_checkpoint, c10::Device device) {
-  if (requested == "bfloat16") return at::ScalarType::BFloat16;
-  if (requested == "float32") return at::ScalarType::Float;
-  // bf16 without hardware support is several times slower than f32 on a CPU.
-  const bool is_fast = device.is_cuda() || has_bfloat16_instructions();
-  return of_checkpoint == at::ScalarType::BFloat16 && is_fast ? at::ScalarType::BFloat16
-                                                              : at::ScalarType::Float;
-}
-
-std::vector<StageCost> stage_costs(const model::ModelConfig& model, int64_t length, int n_ranks) {
+std::vector<StageCost> stage_costs(const model::ModelConfig& model, int64_t length,
+                                   const model::Activations& activations, int n_ranks) {
   int64_t block_parameters = 2 * model.d_model;
   for (int p = 0; p < model::kProjections; ++p) {
     const auto shape = model::module_shape(model, static_cast<model::Projection>(p));
@@ -54,13 +46,12 @@ std::vector<StageCost> stage_costs(const model::ModelConfig& model, int64_t leng
   std::vector<StageCost> costs;
   for (int stages = 1; stages <= std::min<int64_t>(n_ranks, model.n_blocks); ++stages) {
     StageCost worst{0, 0};
-    const std::vector<Range> ranges = model::balance_stages(model, length, stages);
+    const std::vector<Range> ranges = model::balance_stages(model, length, stages, activations);
     for (int s = 0; s < stages; ++s) {
-      const auto n = static_cast<double>(ranges[static_cast<size_t>(s)].size());
+      const int64_t n = ranges[static_cast<size_t>(s)].size();
       const int n_ends = (s == 0) + (s + 1 == stages);
-      const double time = n * cost.block + (s == 0 ? cost.embedding : 0) + (s + 1 == stages ? cost.head : 0);
-      const int64_t bytes =
-          2 * (static_cast<int64_t>(n) * block_parameters + n_ends * model.vocab_size * model.d_model);
+      const double time = model::stage_cost(model, cost, activations, s, stages, n);
+      const int64_t bytes = 2 * (n * block_parameters + n_ends * model.vocab_size * model.d_model);
       worst = {std::max(worst.time, time), std::max(worst.weight_bytes, bytes)};
     }
     costs.push_back(worst);
@@ -69,7 +60,8 @@ std::vector<StageCost> stage_costs(const model::ModelConfig& model, int64_t leng
 }
 
 comm::GridShape choose_shape(const config::RunConfig& config, const model::ModelConfig& model,
-                             int64_t n_microbatches, int n_ranks, int n_ranks_on_node) {
+                             const model::Activations& activations, int64_t n_microbatches, int n_ranks,
+                             int n_ranks_on_node) {
   const config::Ranks& ranks = config.ranks;
   int stages = ranks.stages, replicas = ranks.replicas;
   // With streamed weights one stage works at a time: all ranks are to be in it.
@@ -77,8 +69,8 @@ comm::GridShape choose_shape(const config::RunConfig& config, const model::Model
   if (stages == 0 && replicas == 0) {
     const auto bytes = static_cast<int64_t>(kWeightShareOfMemory * static_cast<double>(host_memory_bytes()) /
                                             n_ranks_on_node);
-    const GridChoice choice =
-        choose_grid(n_ranks, n_microbatches, stage_costs(model, config.calibration.length, n_ranks), bytes);
+    const GridChoice choice = choose_grid(
+        n_ranks, n_microbatches, stage_costs(model, config.calibration.length, activations, n_ranks), bytes);
     if (choice.stages == 0)
       fail<ConfigError>(
           "the model's weights do not fit {} ranks with {:.1f} GiB for weights each; use more nodes, or "
@@ -101,6 +93,22 @@ comm::GridShape choose_shape(const config::RunConfig& config, const model::Model
 
 }  // namespace
 
+at::ScalarType choose_dtype(const config::RunConfig& config, const model::ModelConfig& model,
+                            c10::Device device) {
+  if (config.compute_dtype == "bfloat16") return at::ScalarType::BFloat16;
+  if (config.compute_dtype == "float32") return at::ScalarType::Float;
+  // bf16 without hardware support is several times slower than f32 on a CPU.
+  const bool is_fast = device.is_cuda() || has_bfloat16_instructions();
+  return model.dtype == at::ScalarType::BFloat16 && is_fast ? at::ScalarType::BFloat16
+                                                            : at::ScalarType::Float;
+}
+
+model::Activations kept_activations(const config::RunConfig& config, at::ScalarType dtype) {
+  return {.n_tokens = config.calibration.microbatch * config.calibration.length,
+          .element_size = static_cast<int64_t>(c10::elementSize(dtype)),
+          .limit_gib = config.residency == "streamed" ? 0 : config.ranks.activation_gib};
+}
+
 int Session::stage_of(int64_t block) const {
   for (size_t stage = 0; stage < stage_blocks.size(); ++stage)
     if (stage_blocks[stage].contains(block)) return static_cast<int>(stage);
@@ -117,10 +125,11 @@ Session open_session(const config::RunConfig& config, int64_t n_microbatches,
   world.agree_on([&] {
     session.source = std::make_shared<const model::CheckpointReader>(config.model);
     const model::ModelConfig& model = session.source->config();
-    shape = choose_shape(config, model, n_microbatches, world.size(), n_ranks_on_node);
-    session.stage_blocks = model::balance_stages(model, config.calibration.length, shape.stages);
     session.device = comm::select_device(config.ranks.device, node);
-    session.dtype = choose_dtype(config.compute_dtype, model.dtype, session.device);
+    session.dtype = choose_dtype(config, model, session.device);
+    const model::Activations activations = kept_activations(config, session.dtype);
+    shape = choose_shape(config, model, activations, n_microbatches, world.size(), n_ranks_on_node);
+    session.stage_blocks = model::balance_stages(model, config.calibration.length, shape.stages, activations);
   });
   session.grid = std::make_unique<comm::Grid>(world, shape);
   const int n_cores = static_cast<int>(std::thread::hardware_concurrency());

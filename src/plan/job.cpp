@@ -14,9 +14,9 @@ int Layout::stage_of(int64_t block) const {
 }
 
 Layout Layout::of(const config::Calibration& calibration, const model::ModelConfig& model, int stages,
-                  int replicas) {
+                  int replicas, const model::Activations& activations) {
   Layout layout{.stages = stages, .replicas = replicas};
-  layout.blocks = model::balance_stages(model, calibration.length, stages);
+  layout.blocks = model::balance_stages(model, calibration.length, stages, activations);
   const int64_t n_sequences = calibration.sequences;
   layout.n_shards = std::min(calibration.logical_shards, n_sequences);
   layout.largest_microbatch =
@@ -53,8 +53,8 @@ Job::Job(const config::RunConfig& config, const model::ModelConfig& model, const
     : config(config),
       model(model),
       cluster(cluster),
-      layout(Layout::of(config.calibration, model, stages, replicas)),
       computes_bf16(plan::computes_bf16(config, model, cluster)),
+      layout(Layout::of(config.calibration, model, stages, replicas, kept_activations())),
       shapes(Shapes::of(model, computes_bf16,
                         cluster.has_kernels() && computes_bf16 == cluster.prefers_bf16())) {}
 
@@ -68,12 +68,14 @@ int64_t Job::units_of(int set) const {
 }
 
 int64_t Job::kept_blocks(int stage) const {
-  if (is_streamed()) return 0;
   const int64_t n_blocks = layout.blocks[static_cast<size_t>(stage)].size();
-  return std::min(n_blocks,
-                  model::count_kept_blocks(model, config.calibration.microbatch * config.calibration.length,
-                                           static_cast<int64_t>(shapes.element_bytes), layout.stages - stage,
-                                           config.ranks.activation_gib));
+  return std::min(n_blocks, model::count_kept_blocks(model, kept_activations(), layout.stages - stage));
+}
+
+model::Activations Job::kept_activations() const {
+  return {.n_tokens = config.calibration.microbatch * config.calibration.length,
+          .element_size = computes_bf16 ? 2 : 4,
+          .limit_gib = is_streamed() ? 0 : config.ranks.activation_gib};
 }
 
 bool Job::is_spread(double d) const {

@@ -1,6 +1,7 @@
 #include <array>
 #include <isobath/model/block.hpp>
 #include <isobath/plan/memory.hpp>
+#include <isobath/quant/factor.hpp>
 
 namespace isobath::plan {
 namespace {
@@ -103,14 +104,15 @@ struct SolverMemory {
   double solving = 0;
 };
 
-/// Rows in work on one rank: errors and codes of those of its tiles that one factor serves.
+/// Rows in work on one rank: errors and codes of its tiles of the modules that are solved together: all of a
+/// set, or those that one factor serves which is spread.
 double row_bytes(const Job& job, int set, double d) {
   double bytes = 0;
   for (const model::Projection p : model::input_set(set)) {
     const double groups = job.is_weighted() ? static_cast<double>(job.config.sensitivity.row_groups) : 1;
     const double rows = std::ceil(static_cast<double>(model::module_shape(job.model, p).rows) / groups);
     const double mine = 5 * job.largest_row_share(rows) * d;
-    bytes = job.is_weighted() ? std::max(bytes, mine) : bytes + mine;
+    bytes = job.is_weighted() && job.is_spread(d) ? std::max(bytes, mine) : bytes + groups * mine;
   }
   return bytes;
 }
@@ -130,7 +132,10 @@ SolverMemory whole_memory(const Job& job, int set, double d) {
   // Own factors, of every unit what all ranks hold, and one damped H.
   const double shared =
       units * ((job.needs_whole() ? 1 : 0) + (job.is_asymmetric() ? 2 : 0)) + (job.refines() ? 1 : 0);
-  memory.solving = mine * 4 * triangle + shared * matrix + 4 * std::min(d, panel_columns()) * d;
+  // Small factors go to all ranks at once, those of wider ones panel by panel.
+  const bool at_once = d <= static_cast<double>(quant::kWholeColumns);
+  memory.solving = (at_once ? units : mine) * 4 * triangle + shared * matrix +
+                   (at_once ? 0 : 4 * std::min(d, panel_columns()) * d);
   return memory;
 }
 
@@ -273,6 +278,8 @@ RankMemory quantize_memory(const Job& job, int stage) {
       {"weights", job.is_streamed()
                       ? std::max(s.block_weight_bytes(), s.end_weight_bytes() - s.block_weight_bytes())
                       : weight_bytes(job, stage)});
+  // Resident weights travel to the other stages while the block before is in work.
+  if (!job.is_streamed() && layout.stages > 1) memory.items.push_back({"next block", s.block_weight_bytes()});
   // Values on the device, with a correction the original ones too; codes of the block on the host.
   memory.items.push_back(
       {"block in work", static_cast<double>(job.streams()) * s.block_weight_bytes(), s.block_linears});

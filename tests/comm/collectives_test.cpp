@@ -67,9 +67,26 @@ TEST(Collectives, TensorsOfAnyDtypeAreBroadcast) {
   }
 }
 
+TEST(Collectives, StartedBroadcastsArriveAmongOtherCollectives) {
+  Communicator cut = world().duplicate();
+  cut.set_message_limit(1 << 16);
+  const at::Tensor expected = at::arange(200000, at::kFloat);
+  std::vector<at::Tensor> tensors;
+  std::vector<Request> requests;
+  for (int root = 0; root < cut.size(); ++root) {
+    tensors.push_back(cut.rank() == root ? expected + root : at::zeros_like(expected));
+    requests.push_back(cut.broadcast_async(tensors.back(), root));
+    EXPECT_EQ(cut.all_reduce(int64_t{1}, Reduce::sum), cut.size());
+  }
+  for (Request& request : requests) request.wait();
+  for (int root = 0; root < cut.size(); ++root)
+    EXPECT_TRUE(at::equal(tensors[static_cast<size_t>(root)], expected + root));
+}
+
 TEST(Collectives, ATensorThatIsNotContiguousIsRefused) {
   at::Tensor tensor = at::zeros({4, 3}).t();
   EXPECT_THROW(world().broadcast(tensor, 0), InternalError);
+  EXPECT_THROW((void)world().broadcast_async(tensor, 0), InternalError);
 }
 
 TEST(Collectives, TextIsBroadcastWithItsLength) {

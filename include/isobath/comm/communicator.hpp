@@ -72,6 +72,10 @@ class Communicator {
   void broadcast(at::Tensor& tensor, int root) const;
   void broadcast(std::string& text, int root) const;
 
+  /// The same, started: complete after `wait`; until then the tensor is not touched. Every rank starts it at
+  /// the same place among its collective calls. It goes on whenever this rank waits for anything.
+  [[nodiscard]] Request broadcast_async(at::Tensor& tensor, int root) const;
+
   template <Countable T>
   void all_reduce(std::span<T> values, Reduce operation) const;
   template <Countable T>

@@ -18,7 +18,7 @@ class DeviceCommunicator {
   DeviceCommunicator(DeviceCommunicator&&) noexcept;
   DeviceCommunicator& operator=(DeviceCommunicator&&) noexcept;
 
-  /// A transfer under way; `wait` before the tensor is used (receive) or changed (send).
+  /// A transfer under way; `wait` before the tensor is used (receive, broadcast) or changed (send).
   class Transfer {
    public:
     Transfer();
@@ -35,7 +35,9 @@ class DeviceCommunicator {
 
   [[nodiscard]] Transfer send_async(const at::Tensor& tensor, int destination, int tag) const;
   [[nodiscard]] Transfer receive_async(at::Tensor& tensor, int source, int tag) const;
-  void broadcast(at::Tensor& tensor, int root) const;
+  /// Started at the same place among the collective calls of every rank.
+  [[nodiscard]] Transfer broadcast_async(at::Tensor& tensor, int root) const;
+  void broadcast(at::Tensor& tensor, int root) const { broadcast_async(tensor, root).wait(); }
   [[nodiscard]] c10::Device device() const;
 
  private:

@@ -40,7 +40,9 @@ class TreeSum {
   };
   void combine_upwards(Node node);
   [[nodiscard]] bool exists(Node node) const;
-  [[nodiscard]] int holder(Node node) const;
+  /// Where a node is combined when the total goes to `root`: there if it owns one of the node's shards, else
+  /// on the owner of the first.
+  [[nodiscard]] int holder(Node node, int root) const;
 
   std::vector<int> owners_;
   int rank_;

@@ -40,7 +40,9 @@ class BlockObserver {
     return modules_[static_cast<size_t>(projection)].token_weights;
   }
 
-  /// Collective over the replicas of this stage: the whole calibration set's statistics on replica 0; empty
+  /// The replica on which `reduce` leaves the statistics: blocks take turns.
+  [[nodiscard]] int root() const;
+  /// Collective over the replicas of this stage: the whole calibration set's statistics on the root; empty
   /// tensors elsewhere.
   [[nodiscard]] BlockStatistics reduce();
 

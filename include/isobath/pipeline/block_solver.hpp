@@ -82,11 +82,13 @@ class BlockSolver {
                                           const ForEachInput& for_each_input) const;
 
  private:
-  /// Factor of each unit, on all ranks but for its panels, on every rank or `failed` on every rank.
+  /// Factor of each unit, or `failed`: of one that is spread on all ranks but for its panels, of the others
+  /// on the root, from where `share` sends it.
   void factorize(const std::vector<SolverUnit*>& units, int64_t n_channels,
                  const ForEachInput& for_each_input) const;
   void factorize_whole(const std::vector<SolverUnit*>& units, int64_t n_channels,
                        const ForEachInput& for_each_input) const;
+  void share(const std::vector<SolverUnit*>& units, int64_t n_channels) const;
   void share(SolverUnit& unit, int64_t n_channels) const;
   void describe(const SolverUnit& unit, int64_t n_channels, std::vector<Solved>& solved) const;
 

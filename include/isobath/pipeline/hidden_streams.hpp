@@ -26,8 +26,9 @@ class HiddenStreams {
   /// Hidden states behind the quantized prefix, at the entrance of the next block: [b, T, d_model].
   [[nodiscard]] const at::Tensor& hidden(int64_t microbatch) const { return quantized_.hidden(microbatch); }
 
-  /// Starts both streams from the embedded tokens. Local.
-  void embed(const at::Tensor& embedding);
+  /// Starts both streams from the embedded tokens: rows `tokens` [sequences, T] i64 of all sequences of an
+  /// embedding. Local.
+  void embed(const at::Tensor& embedding, const at::Tensor& tokens);
   /// Takes note of the original weights of the block that comes next. Local.
   void enter_block(const model::BlockWeights& original) { original_weights_ = original; }
   /// Visits X of an input set, and X of the original model, microbatch by microbatch; valid once the sets

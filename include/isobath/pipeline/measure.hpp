@@ -43,7 +43,7 @@ struct MeasureResult {
 ///          D of its blocks for its replica's sequences; one partial sum a tree level of each statistic.
 /// Network  per microbatch and stage border: one hidden state forward, n_samples gradients back; at the end
 /// per block one tree reduction
-///          of the channel statistics over the replicas and D to replica 0.
+///          of the channel statistics over the replicas and D to one of them.
 /// Collective over the session's world. Throws StopRequested on every rank when a stop was asked for;
 /// NumericError for non-finite values (module, sequence, token).
 MeasureResult measure(const Session& session, const CalibrationSet& calibration,

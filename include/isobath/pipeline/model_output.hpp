@@ -20,9 +20,10 @@ class ModelOutput {
 
   [[nodiscard]] const std::filesystem::path& partial_directory() const { return partial_; }
 
-  /// Collective: makes the directory and lets the first rank write the shard of the tensors outside the
-  /// blocks. Returns its name there.
-  [[nodiscard]] std::vector<std::string> write_outside_blocks() const;
+  /// Local, on the first rank: an empty directory.
+  void start() const;
+  /// Local, on one rank: copies the tensors outside the blocks. Returns the file's name.
+  [[nodiscard]] std::string write_outside_blocks() const;
   /// Local, on the rank that owns the block: packs the quantized linears and copies the rest. Returns the
   /// file's name. Linears without a matrix are copied as they are.
   [[nodiscard]] std::string write_block(

@@ -25,8 +25,8 @@ class PrefixActivations {
   [[nodiscard]] const at::Tensor& hidden(int64_t microbatch) const { return hidden_.at(microbatch); }
   void set_hidden(int64_t microbatch, at::Tensor hidden) { hidden_[microbatch] = std::move(hidden); }
 
-  /// Starts from the embedded tokens. Local.
-  void embed(const at::Tensor& embedding);
+  /// Starts from rows `tokens` [sequences, T] i64, of all sequences, of an embedding. Local.
+  void embed(const at::Tensor& embedding, const at::Tensor& tokens);
   /// X of an input set [b, T, d_in]; valid once the sets before it were advanced through.
   [[nodiscard]] at::Tensor input(int set, const model::BlockWeights& weights, int64_t microbatch) const;
   /// Applies the linears of a set and goes on to the input of the next one. Local.
@@ -37,7 +37,6 @@ class PrefixActivations {
   void require_finite(int64_t block) const;
 
   const Session& session_;
-  const CalibrationSet& calibration_;
   std::string stream_;
   model::Rotary rotary_;
   std::vector<data::Microbatch> microbatches_;

@@ -6,6 +6,7 @@
 #include <isobath/config/run_config.hpp>
 #include <isobath/data/shards.hpp>
 #include <isobath/data/token_file.hpp>
+#include <isobath/model/balance.hpp>
 #include <isobath/model/checkpoint_reader.hpp>
 #include <isobath/model/weight_store.hpp>
 #include <isobath/report/events.hpp>
@@ -33,6 +34,13 @@ struct Session {
   [[nodiscard]] bool is_last_stage() const { return grid->stage() + 1 == grid->shape().stages; }
   [[nodiscard]] bool is_streamed() const { return config.residency == "streamed"; }
 };
+
+/// What the stages of a measure pass may keep; nothing with streamed weights.
+[[nodiscard]] model::Activations kept_activations(const config::RunConfig& config, at::ScalarType dtype);
+
+/// The precision that a run with this configuration computes in.
+[[nodiscard]] at::ScalarType choose_dtype(const config::RunConfig& config, const model::ModelConfig& model,
+                                          c10::Device device);
 
 /// Opens the model, forms the grid, balances the stages, sets the threads. `n_microbatches` steers the
 /// automatic choice of the grid.

@@ -1,6 +1,7 @@
 #pragma once
 #include <isobath/config/run_config.hpp>
 #include <isobath/core/partition.hpp>
+#include <isobath/model/balance.hpp>
 #include <isobath/model/model_config.hpp>
 #include <isobath/plan/cluster.hpp>
 #include <isobath/plan/work.hpp>
@@ -25,7 +26,7 @@ struct Layout {
 
   /// Throws ConfigError when the model has fewer blocks than stages.
   static Layout of(const config::Calibration& calibration, const model::ModelConfig& model, int stages,
-                   int replicas);
+                   int replicas, const model::Activations& activations = {});
 };
 
 /// Whether the solver needs H whole on every rank: for refinement, a correction, act-order.
@@ -40,8 +41,8 @@ struct Job {
   const config::RunConfig& config;
   const model::ModelConfig& model;
   const Cluster& cluster;
-  Layout layout;
   bool computes_bf16;
+  Layout layout;
   Shapes shapes;
 
   Job(const config::RunConfig& config, const model::ModelConfig& model, const Cluster& cluster, int stages,
@@ -77,6 +78,8 @@ struct Job {
   [[nodiscard]] int64_t streams() const { return is_asymmetric() ? 2 : 1; }
   /// Last blocks of a stage that keep their activations for the backward pass; the others are recomputed.
   [[nodiscard]] int64_t kept_blocks(int stage) const;
+  /// What a stage may keep of a measure pass (pipeline/session.hpp).
+  [[nodiscard]] model::Activations kept_activations() const;
   /// What a generation saves, all ranks: the streams' hidden states.
   [[nodiscard]] double hidden_bytes() const;
   /// D of one block, all sequences.
