@@ -8,6 +8,7 @@
 
 #include "communicator_state.hpp"
 #include "polling.hpp"
+#include "progress.hpp"
 
 namespace isobath::comm {
 
@@ -18,12 +19,16 @@ struct Request::State {
     MPI_Request request = MPI_REQUEST_NULL;
     int n_bytes = 0;
   };
+  enum class Kind { send, receive, broadcast };
+  State(at::Tensor moved, Kind what, int with, int message_tag)
+      : tensor(std::move(moved)), kind(what), peer(with), tag(message_tag) {}
   at::Tensor tensor;
   std::vector<Piece> pieces;
   size_t n_done = 0;
-  enum class Kind { send, receive, broadcast } kind = Kind::send;
-  int peer = 0;
-  int tag = 0;
+  Kind kind;
+  int peer;
+  int tag;
+  PendingTransfer pending;
 };
 
 namespace {
@@ -115,8 +120,7 @@ void Request::wait() {
 Request Communicator::send_async(const at::Tensor& tensor, int destination, int tag) const {
   check_transfer(tensor, destination, tag, *this);
   Request request;
-  request.state_ = std::make_unique<Request::State>(Request::State{
-      .tensor = tensor, .pieces = {}, .kind = Request::State::Kind::send, .peer = destination, .tag = tag});
+  request.state_ = std::make_unique<Request::State>(tensor, Request::State::Kind::send, destination, tag);
   start_pieces(*request.state_, state_->message_limit, [&](char* bytes, Request::State::Piece& piece) {
     ISOBATH_MPI(MPI_Isend(bytes, piece.n_bytes, MPI_BYTE, destination, tag, state_->handle, &piece.request));
   });
@@ -126,8 +130,7 @@ Request Communicator::send_async(const at::Tensor& tensor, int destination, int 
 Request Communicator::receive_async(at::Tensor& tensor, int source, int tag) const {
   check_transfer(tensor, source, tag, *this);
   Request request;
-  request.state_ = std::make_unique<Request::State>(Request::State{
-      .tensor = tensor, .pieces = {}, .kind = Request::State::Kind::receive, .peer = source, .tag = tag});
+  request.state_ = std::make_unique<Request::State>(tensor, Request::State::Kind::receive, source, tag);
   start_pieces(*request.state_, state_->message_limit, [&](char* bytes, Request::State::Piece& piece) {
     ISOBATH_MPI(MPI_Irecv(bytes, piece.n_bytes, MPI_BYTE, source, tag, state_->handle, &piece.request));
   });
@@ -137,8 +140,7 @@ Request Communicator::receive_async(at::Tensor& tensor, int source, int tag) con
 Request Communicator::broadcast_async(at::Tensor& tensor, int root) const {
   check_transfer(tensor, root, 0, *this);
   Request request;
-  request.state_ = std::make_unique<Request::State>(Request::State{
-      .tensor = tensor, .pieces = {}, .kind = Request::State::Kind::broadcast, .peer = root, .tag = 0});
+  request.state_ = std::make_unique<Request::State>(tensor, Request::State::Kind::broadcast, root, 0);
   start_pieces(*request.state_, state_->message_limit, [&](char* bytes, Request::State::Piece& piece) {
     ISOBATH_MPI(MPI_Ibcast(bytes, piece.n_bytes, MPI_BYTE, root, state_->handle, &piece.request));
   });

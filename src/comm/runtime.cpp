@@ -11,6 +11,7 @@
 
 #include "communicator_state.hpp"
 #include "polling.hpp"
+#include "progress.hpp"
 #include "watchdog_hooks.hpp"
 
 namespace isobath::comm {
@@ -52,7 +53,8 @@ Runtime::Runtime(int& argc, char**& argv) {
   int initialized = 0;
   ISOBATH_MPI(MPI_Initialized(&initialized));
   ISOBATH_CHECK(!initialized, "MPI is initialized already; one Runtime per process");
-  // MPI_THREAD_MULTIPLE only for the watchdog, which calls MPI_Abort from its own thread.
+  // MPI_THREAD_MULTIPLE for the watchdog, which calls MPI_Abort from its own thread, and for the thread that
+  // moves transfers.
   int granted = MPI_THREAD_SINGLE;
   ISOBATH_MPI(MPI_Init_thread(&argc, &argv, MPI_THREAD_MULTIPLE, &granted));
   if (granted < MPI_THREAD_FUNNELED) {
@@ -69,12 +71,14 @@ Runtime::Runtime(int& argc, char**& argv) {
             std::uncaught_exceptions()});
   set_core_for_each_rank(have_core_each(world().node()));
   set_watchdog_identity(world().rank(), world().host(), granted == MPI_THREAD_MULTIPLE ? abort_all : leave);
+  if (granted == MPI_THREAD_MULTIPLE && world().size() > 1) start_progress();
 }
 
 Runtime::~Runtime() {
   if (std::uncaught_exceptions() > state_->n_exceptions_before) {
     // Finalizing would wait for ranks that wait for this one; leaving without it lets the launcher end them.
     Watchdog::configure(std::chrono::seconds(0));
+    stop_progress();
     return;
   }
   try {
@@ -84,6 +88,7 @@ Runtime::~Runtime() {
     abort(ExitCode::internal);
   }
   Watchdog::configure(std::chrono::seconds(0));
+  stop_progress();
   state_.reset();
   MPI_Finalize();
 }
