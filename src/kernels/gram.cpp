@@ -5,11 +5,13 @@
 #include <isobath/core/error.hpp>
 #include <isobath/core/partition.hpp>
 #include <isobath/kernels/cpu.hpp>
+#include <isobath/kernels/device.hpp>
 #include <isobath/kernels/gram.hpp>
 #include <vector>
 
 #include "avx2/product.hpp"
 #include "avx512/gram.hpp"
+#include "device_gram.hpp"
 
 namespace isobath::kernels {
 namespace {
@@ -188,14 +190,15 @@ bool add_product_as(Target c, const at::Tensor& a, const at::Tensor& b) {
 
 void check_input(const at::Tensor& x, const at::Tensor& roots) {
   ISOBATH_CHECK(has_gram(x) && x.dim() == 2, "this machine has no Gram kernel for such an input");
-  ISOBATH_CHECK(!roots.defined() || (roots.numel() == x.size(0) && roots.scalar_type() == at::kFloat),
-                "roots [{}] f32", x.size(0));
+  ISOBATH_CHECK(!roots.defined() || (roots.numel() == x.size(0) && roots.scalar_type() == at::kFloat &&
+                                     roots.device() == x.device()),
+                "roots [{}] f32 on {}", x.size(0), x.device().str());
 }
 
-void check_sum(const at::Tensor& sum, int64_t n_rows, int64_t n_columns) {
+void check_sum(const at::Tensor& sum, int64_t n_rows, int64_t n_columns, c10::Device device) {
   ISOBATH_CHECK(sum.dim() == 2 && sum.size(0) == n_rows && sum.size(1) == n_columns && sum.is_contiguous() &&
-                    sum.scalar_type() == at::kFloat,
-                "a contiguous f32 sum [{}, {}] expected", n_rows, n_columns);
+                    sum.scalar_type() == at::kFloat && sum.device() == device,
+                "a contiguous f32 sum [{}, {}] on {} expected", n_rows, n_columns, device.str());
 }
 
 bool is_bf16(const at::Tensor& x) {
@@ -205,6 +208,7 @@ bool is_bf16(const at::Tensor& x) {
 }  // namespace
 
 bool has_gram(const at::Tensor& x) {
+  if (x.is_cuda()) return has_device_kernels() && (is_bf16(x) || x.scalar_type() == at::kFloat);
   return x.is_cpu() && implementation_of(x.scalar_type()) != "aten";
 }
 
@@ -213,8 +217,9 @@ bool add_gram_panel(at::Tensor& panel, int64_t begin, const at::Tensor& x, const
   ISOBATH_CHECK(panel.dim() == 2 && begin >= 0 && begin % kGramAlignment == 0 &&
                     panel.size(0) == begin + panel.size(1) && panel.size(0) <= x.size(1),
                 "a panel of columns from {} on of a sum over {} channels", begin, x.size(1));
-  check_sum(panel, panel.size(0), panel.size(1));
+  check_sum(panel, panel.size(0), panel.size(1), x.device());
   if (x.size(0) == 0 || panel.numel() == 0) return true;
+  if (x.is_cuda()) return device::add_gram_panel(panel, begin, x, roots);
   const Target c{panel.mutable_data_ptr<float>(), panel.size(1), begin};
   return is_bf16(x) ? add_gram_as<Bf16Kernel>(c, panel.size(0), x, roots)
                     : add_gram_as<F32Kernel>(c, panel.size(0), x, roots);
@@ -222,16 +227,17 @@ bool add_gram_panel(at::Tensor& panel, int64_t begin, const at::Tensor& x, const
 
 bool add_gram(at::Tensor& upper, const at::Tensor& x, const at::Tensor& roots) {
   ISOBATH_CHECK(x.dim() == 2, "x [n, d] expected");
-  check_sum(upper, x.size(1), x.size(1));
+  check_sum(upper, x.size(1), x.size(1), x.device());
   return add_gram_panel(upper, 0, x, roots);
 }
 
 bool add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
   check_input(a, {});
-  ISOBATH_CHECK(a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type() && b.is_cpu(),
-                "add_product needs two inputs [n, d] of one dtype");
-  check_sum(sum, a.size(1), a.size(1));
+  ISOBATH_CHECK(a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type() && a.device() == b.device(),
+                "add_product needs two inputs [n, d] of one dtype on one device");
+  check_sum(sum, a.size(1), a.size(1), a.device());
   if (a.numel() == 0) return true;
+  if (a.is_cuda()) return device::add_product(sum, a, b);
   const Target c{sum.mutable_data_ptr<float>(), sum.size(1), 0};
   return is_bf16(a) ? add_product_as<Bf16Kernel>(c, a, b) : add_product_as<F32Kernel>(c, a, b);
 }

@@ -215,7 +215,7 @@ checkpoint::Fingerprint fingerprint_of(const Session& session, const Calibration
   fingerprint["ranks.threads (resolved)"] = std::to_string(session.threads);
   fingerprint["compute_dtype (resolved)"] = c10::toString(session.dtype);
   fingerprint["kernels (of this machine)"] =
-      session.device.is_cpu() ? kernels::implementation_of(session.dtype) : "aten";
+      session.device.is_cpu() ? kernels::implementation_of(session.dtype) : "cuda";
   fingerprint["quantization.allocation (digest)"] = session.config.quantization.allocated.digest;
   fingerprint["model files"] = session.source->tensors().fingerprint();
   fingerprint["calibration tokens"] = calibration.tokens.digest;

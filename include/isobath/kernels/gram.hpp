@@ -2,8 +2,8 @@
 #include <ATen/core/Tensor.h>
 
 /// Symmetric and plain products XᵀX and AᵀB of activations [n, d] with f32 sums: bf16 on CPUs with AVX-512
-/// BF16, f32 on CPUs with AVX2. Every sum is made in one order, whatever the threads and whichever part of
-/// the matrix is asked for. Local.
+/// BF16, f32 on CPUs with AVX2, both on CUDA devices. Every sum is made in one order, whatever the threads
+/// and whichever part of the matrix is asked for. Local.
 namespace isobath::kernels {
 
 /// Whether the functions below take this input on this machine.
@@ -12,17 +12,19 @@ namespace isobath::kernels {
 /// upper[i, j] += Σ_n (√D_n x_ni)(√D_n x_nj) for i <= j; what stands below the diagonal afterwards is
 /// unspecified.
 ///
-/// upper    [d, d] f32, contiguous, CPU. x [n, d] bf16 or f32, CPU, contiguous rows. roots [n] f32: √D, or
-/// undefined (D = 1).
+/// upper    [d, d] f32, contiguous. x [n, d] bf16 or f32, contiguous rows. roots [n] f32: √D, or undefined
+/// (D = 1). All on the CPU or on one CUDA device.
 ///
 /// Rounding √D·x is rounded to x's dtype (bf16: relative 2⁻⁹ each, exact for D = 1 and powers of 4); products
-///          of bf16 are exact, sums f32 in a fixed order. Both factors are the same rounded numbers, so the
-///          sum is positive semidefinite.
+///          of bf16 are exact, sums f32 in a fixed order (on a device in that of its tensor cores, cut off
+///          and not rounded, for 256 tokens at a time). Both factors are the same rounded numbers, so the sum
+///          is positive semidefinite.
 ///
 /// Returns  false, and adds nothing, when a value of √D·x is not finite, or in f32 beyond 2⁵⁰, where sums of
 ///          squares might overflow; rows with √D = 0 may hold anything.
 ///
-/// Cost     n·d²/2 multiply-adds at the rate of the dtype; scratch: 512·d words of 2 (bf16) or 8 (f32) bytes.
+/// Cost     n·d²/2 multiply-adds at the rate of the dtype; scratch: 512·d words of 2 (bf16) or 8 (f32) bytes;
+///          on a device n·d numbers of the dtype, and one wait for it.
 [[nodiscard]] bool add_gram(at::Tensor& upper, const at::Tensor& x, const at::Tensor& roots);
 
 /// Divides the first columns of panels for `add_gram_panel`.
@@ -32,16 +34,16 @@ inline constexpr int64_t kGramAlignment = 48;
 /// (√D_n x_n,begin+j) for i <= begin + j; the rest is unspecified. Gives the bits that `add_gram` gives
 /// there.
 ///
-/// panel    [begin + w, w] f32, contiguous, CPU; begin a multiple of kGramAlignment. x [n, >= begin + w]:
+/// panel    [begin + w, w] f32, contiguous; begin a multiple of kGramAlignment. x [n, >= begin + w]:
 ///          later channels are neither read nor checked.
 ///
 /// Cost     n·w·(begin + w/2) multiply-adds, and packing of begin + w channels.
 [[nodiscard]] bool add_gram_panel(at::Tensor& panel, int64_t begin, const at::Tensor& x,
                                   const at::Tensor& roots);
 
-/// sum[i, j] += Σ_n a_ni b_nj for a, b [n, d] of one dtype, CPU; sum [d, d] f32 contiguous. f32 sums in a
-/// fixed order. Returns false, and adds nothing, on values that `add_gram` refuses. Cost: n·d² multiply-adds
-/// at the rate of the dtype, twice the scratch of `add_gram`.
+/// sum[i, j] += Σ_n a_ni b_nj for a, b [n, d] of one dtype and device; sum [d, d] f32 contiguous. f32 sums in
+/// a fixed order. Returns false, and adds nothing, on values that `add_gram` refuses. Cost: n·d²
+/// multiply-adds at the rate of the dtype, twice the scratch of `add_gram`.
 [[nodiscard]] bool add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b);
 
 }  // namespace isobath::kernels

@@ -1,0 +1,12 @@
+#pragma once
+#include <ATen/core/Tensor.h>
+
+/// `kernels::add_gram_panel` and `kernels::add_product` for checked tensors of a CUDA device; one wait for
+/// it. Scratch: the weighted channels of all rows, in the dtype of x.
+namespace isobath::kernels::device {
+
+[[nodiscard]] bool add_gram_panel(at::Tensor& panel, int64_t begin, const at::Tensor& x,
+                                  const at::Tensor& roots);
+[[nodiscard]] bool add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b);
+
+}  // namespace isobath::kernels::device

@@ -1,0 +1,2 @@
+// All device code of the project, with this folder's headers in place of CUDA's.
+#include "src/kernels/cuda/gram.cu"
