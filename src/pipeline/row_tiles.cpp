@@ -72,7 +72,7 @@ class SetRows::RowTiles {
     target_ = unit_.correction.defined()
                   ? quant::corrected(own, unit_.correction, session_.config.quantization.asymmetric.strength)
                   : own;
-    solver_.emplace(target_, unit_.factor, matrix_.spec, height_);
+    solver_.emplace(target_.to(session_.device), unit_.factor, matrix_.spec, height_);
   }
 
   void advance(const at::Tensor& panel) {

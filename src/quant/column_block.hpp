@@ -3,13 +3,11 @@
 #include <cstdint>
 #include <isobath/core/partition.hpp>
 
+#include "column_loop.hpp"
 #include "simd.hpp"
 #include "tile_grids.hpp"
 
 namespace isobath::quant {
-
-/// Columns between two updates by a matrix product.
-inline constexpr int64_t kBlock = 128;
 
 /// Columns whose errors are summed up one column at a time; those of more columns go through register tiles.
 inline constexpr int64_t kStep = 32;

@@ -2,70 +2,20 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <deque>
 #include <isobath/core/error.hpp>
 #include <isobath/quant/row_solver.hpp>
 #include <isobath/quant/solver.hpp>
 
 #include "column_block.hpp"
+#include "column_loop.hpp"
+#include "device_loop.hpp"
 #include "feedback_product.hpp"
 
 namespace isobath::quant {
 
-/// Panels of the factor that are still needed: the columns [0, end) of the last one have arrived.
-class Panels {
- public:
-  void push(const at::Tensor& panel) {
-    ISOBATH_CHECK(panel.dim() == 2 && panel.scalar_type() == at::kFloat && panel.is_contiguous() &&
-                      panel.size(0) - panel.size(1) == end_,
-                  "expected the f32 panel of the columns from {}", end_);
-    panels_.push_back({{end_, panel.size(0)}, panel});
-    end_ = panel.size(0);
-  }
-  void drop_before(int64_t column) {
-    while (!panels_.empty() && panels_.front().columns.end <= column) panels_.pop_front();
-  }
-  [[nodiscard]] int64_t end() const { return end_; }
-
-  /// Calls visit(panel's columns that lie in `columns`, those columns of the panel [end, n]).
-  template <class Visit>
-  void for_each_in(Range columns, const Visit& visit) const {
-    for (const Held& held : panels_) {
-      const Range part{std::max(columns.begin, held.columns.begin), std::min(columns.end, held.columns.end)};
-      if (part.begin >= part.end) continue;
-      visit(part, held.panel.slice(1, part.begin - held.columns.begin, part.end - held.columns.begin));
-    }
-  }
-
- private:
-  struct Held {
-    Range columns;
-    at::Tensor panel;
-  };
-  std::deque<Held> panels_;
-  int64_t end_ = 0;
-};
-
 int64_t tile_rows(int64_t n_rows) {
   constexpr int64_t kTiles = 64, kMostStrips = 4;
   return kRowTile * std::clamp<int64_t>(n_rows / (kTiles * kRowTile), 1, kMostStrips);
-}
-
-/// [C] f32, original order, at most 1: the curvature of column j that remains when all later columns
-/// compensate. The objective that the loop reaches is ½ Σ_k R_kk² (target_k − ŵ_k)², so this and not H_jj is
-/// what a grid should minimise (3 bits, SmolLM2: 1 to 7 % lower objective than H_jj, 1 to 12 % with
-/// act-order).
-static at::Tensor remaining_curvature(const Factor& factor) {
-  at::Tensor curvature = at::empty_like(factor.curvature);
-  curvature.index_copy_(0, factor.order, factor.curvature / factor.curvature.max());
-  return curvature.to(at::kFloat);
-}
-
-static bool is_permuted(const at::Tensor& order) {
-  const auto* at = order.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < order.numel(); ++i)
-    if (at[i] != i) return true;
-  return false;
 }
 
 class RowSolver::Loop {
@@ -79,6 +29,7 @@ class RowSolver::Loop {
         tile_rows_(tile_rows),
         order_(factor.order.const_data_ptr<int64_t>()),
         is_permuted_(quant::is_permuted(factor.order)),
+        blocks_{n_columns_, width_, is_permuted_},
         has_dead_(factor.dead.any().item<bool>()),
         largest_curvature_(factor.curvature.max().item<double>()),
         matrix_{spec, at::empty({n_rows_, n_columns_}, at::kChar),
@@ -101,9 +52,9 @@ class RowSolver::Loop {
   void advance(const at::Tensor& panel) {
     panels_.push(panel);
     while (next_ < n_columns_) {
-      const int64_t end = block_end(next_);
+      const int64_t end = blocks_.end_of(next_);
       // A wide group is fitted on the current values of all its columns.
-      const int64_t needed = starts_wide_group(next_) && next_ > 0 ? next_ + width_ : end;
+      const int64_t needed = blocks_.starts_wide_group(next_) && next_ > 0 ? next_ + width_ : end;
       if (needed > panels_.end()) break;
       solve_block({next_, end});
       next_ = end;
@@ -163,18 +114,6 @@ class RowSolver::Loop {
     double squares = 0;            ///< Σ (R_kk² / largest) (target_k − ŵ_k)²
   };
 
-  [[nodiscard]] bool starts_wide_group(int64_t column) const {
-    return !is_permuted_ && width_ > kBlock && column % width_ == 0;
-  }
-
-  /// Blocks hold whole groups, or lie inside one: when the loop reaches a group, nothing is pending for its
-  /// columns.
-  [[nodiscard]] int64_t block_end(int64_t begin) const {
-    if (is_permuted_) return std::min(n_columns_, begin + kBlock);
-    if (width_ <= kBlock) return std::min(n_columns_, begin + kBlock / width_ * width_);
-    return std::min(begin + kBlock, (begin / width_ + 1) * width_);
-  }
-
   [[nodiscard]] BlockFeedback feedback_within(Range block) const {
     BlockFeedback feedback;
     panels_.for_each_in(block, [&](Range part, const at::Tensor& columns) {
@@ -202,7 +141,7 @@ class RowSolver::Loop {
       const auto work = std::make_unique_for_overwrite<ColumnBlock>();
       for (int64_t t = first; t < last; ++t) {
         Tile& tile = tiles_[static_cast<size_t>(t)];
-        if (starts_wide_group(block.begin)) enter_wide_group(tile, block.begin, *work);
+        if (blocks_.starts_wide_group(block.begin)) enter_wide_group(tile, block.begin, *work);
         const at::Tensor targets = current(tile, block, before);
         for (int64_t row = 0; row < tile_rows_; row += kRowTile)
           solve_strip(tile, row, block, targets, feedback, *work);
@@ -365,6 +304,7 @@ class RowSolver::Loop {
   int64_t tile_rows_;
   const int64_t* order_;
   bool is_permuted_;
+  ColumnBlocks blocks_;
   bool has_dead_;
   std::vector<GroupFitter> fitters_;  ///< of the groups
   double largest_curvature_;
@@ -375,21 +315,24 @@ class RowSolver::Loop {
 };
 
 RowSolver::RowSolver(const at::Tensor& w, const Factor& factor, const GridSpec& spec, int64_t tile_rows) {
-  ISOBATH_CHECK(w.dim() == 2 && w.is_cpu(), "w must be [R, C] on the CPU");
+  ISOBATH_CHECK(w.dim() == 2, "w must be [R, C]");
   ISOBATH_CHECK(!factor.failed, "the column loop needs a factorization that succeeded");
-  loop_ = std::make_unique<Loop>(w, factor, spec, tile_rows);
+  if (w.is_cpu())
+    loop_ = std::make_unique<Loop>(w, factor, spec, tile_rows);
+  else
+    device_loop_ = std::make_unique<DeviceLoop>(w, factor, spec, tile_rows);
 }
 RowSolver::~RowSolver() = default;
 RowSolver::RowSolver(RowSolver&&) noexcept = default;
 
 void RowSolver::advance(const at::Tensor& panel) {
-  loop_->advance(panel);
+  device_loop_ ? device_loop_->advance(panel) : loop_->advance(panel);
 }
 QuantizedMatrix RowSolver::take() {
-  return loop_->take();
+  return device_loop_ ? device_loop_->take() : loop_->take();
 }
 at::Tensor RowSolver::objectives() const {
-  return loop_->objectives();
+  return device_loop_ ? device_loop_->objectives() : loop_->objectives();
 }
 
 }  // namespace isobath::quant

@@ -7,6 +7,8 @@
 
 namespace isobath::quant {
 
+class DeviceLoop;
+
 /// Rows that advance together in vector lanes; tiles are multiples of it.
 inline constexpr int64_t kRowTile = 64;
 
@@ -21,32 +23,35 @@ inline constexpr int64_t kRowTile = 64;
 /// are fitted on current columns when the loop reaches them; with act-order all grids are fitted first, on
 /// original columns. Grids are fitted with the weights h_k = R_kk², the curvature left after compensation.
 ///
-/// Memory   4 C bytes a row, 1 for the codes; the panel in work, or those of a group wider than one.
+/// Memory   4 C bytes a row, 1 for the codes; the panel in work, or those of a group wider than one. On a
+///          device the same, there.
 /// Cost     C²/2 multiply-adds a row.
 /// Source   Frantar et al., GPTQ (ICLR 2023), Algorithm 1, in the form of METHOD §3. Differs  from the paper
 ///          in clip search and in the weights of the fit.
 class RowSolver {
  public:
-  /// w [R, C] any float dtype, CPU. `factor` must outlive the solver; its panels may be missing. Throws
-  /// NumericError naming the first non-finite weight.
+  /// w [R, C] any float dtype, CPU or a CUDA device, where the same loop runs in its kernels. `factor`, on
+  /// the CPU, must outlive the solver; its panels may be missing. Throws NumericError naming the first
+  /// non-finite weight.
   RowSolver(const at::Tensor& w, const Factor& factor, const GridSpec& spec, int64_t tile_rows = kRowTile);
   ~RowSolver();
   RowSolver(RowSolver&&) noexcept;
 
-  /// Takes the next panel of R diag(R)⁻¹, [end, width] f32 contiguous, and solves as many columns as it
-  /// allows.
+  /// Takes the next panel of R diag(R)⁻¹, [end, width] f32 contiguous, any device, and solves as many columns
+  /// as it allows.
   void advance(const at::Tensor& panel);
 
-  /// The codes, after the last panel.
+  /// The codes, after the last panel, on the device of w.
   [[nodiscard]] QuantizedMatrix take();
 
-  /// ½ tr(ΔW H ΔWᵀ) of each tile against the weights given, [tiles] f64, after the last panel: exact up to
-  /// the f32 rounding of its parts, ½ Σ_k R_kk² (target_k − ŵ_k)² − ½ λ‖ΔW‖².
+  /// ½ tr(ΔW H ΔWᵀ) of each tile against the weights given, [tiles] f64 on the CPU, after the last panel:
+  /// exact up to the f32 rounding of its parts, ½ Σ_k R_kk² (target_k − ŵ_k)² − ½ λ‖ΔW‖².
   [[nodiscard]] at::Tensor objectives() const;
 
  private:
   class Loop;
   std::unique_ptr<Loop> loop_;
+  std::unique_ptr<DeviceLoop> device_loop_;  ///< in place of the other where w is on a device
 };
 
 /// ½ tr(ΔW H ΔWᵀ) of a given ΔW from the panels of H's factor: ½ ‖ΔW R‖² − ½ λ‖ΔW‖², half the work of a
