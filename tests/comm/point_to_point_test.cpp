@@ -120,7 +120,9 @@ TEST(PointToPoint, ABadPeerOrTagIsRefused) {
   EXPECT_THROW(world().send(tensor.expand({4}), 0, 0), InternalError);
 }
 
-TEST(PointToPoint, AWaitingRankLeavesTheCoreToOthers) {
+TEST(PointToPoint, AWaitingRankLeavesTheCoreToOthersWhereTheyShareCores) {
+  if (std::thread::hardware_concurrency() >= static_cast<unsigned>(world().size()))
+    GTEST_SKIP() << "there is a core for each rank: waits keep theirs";
   // A spinning wait takes all of the time; with sleeps of 200 µs the rest is a few percent.
   constexpr double kLargestBusyShare = 0.5;
   constexpr std::chrono::milliseconds kDelay{400};

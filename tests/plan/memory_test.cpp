@@ -78,12 +78,12 @@ TEST(Memory, QuantizeHoldsTheCovariancesOfOneInputSet) {
   EXPECT_EQ(held("hidden states"), (std::pair{2 * 20.0 * 2 * (8 + 16) + 5 * (8 + 12) * 16, 0.0}));
 
   // Two row groups on four ranks of one node, a shard each at most: two roots factorize at once. While rows
-  // are solved: a factor, H, C and correction of both groups, a damped H, a panel, and 4 rows of 16 channels.
+  // are solved: factor, H, C and correction of both groups, a damped H, and 4 rows of 16 channels of each.
   Cluster node = cluster;
   node.ranks_per_node = 4;
   config.sensitivity.row_groups = 2;
   const RankMemory two = quantize_memory(Job(config, model, node, 4, 1), 0);
-  EXPECT_EQ(two.root_bytes, 2 * 1024 + 1024 + 44 * 256 - ((1 + 2 * 3 + 1 + 1) * 1024 + 5 * 4 * 16));
+  EXPECT_EQ(two.root_bytes, 2 * 1024 + 1024 + 44 * 256 - ((2 * 4 + 1) * 1024 + 2 * 5 * 4 * 16));
   EXPECT_EQ(two.node_root_bytes, 2 * two.root_bytes);
 }
 

@@ -21,9 +21,10 @@ __device__ inline Levels levels_of(const GridRules& rules, float scale, int zero
           static_cast<float>(largest_code(rules) - zero)};
 }
 
+constexpr float kRoundShift = 12582912.0F;  // 1.5·2²³
+
 /// The nearest step of the grid, ties to even.
 __device__ inline float nearest_step(const Levels& levels, float value) {
-  constexpr float kRoundShift = 12582912.0F;  // 1.5·2²³
   float step = value * levels.inverse;
   step = step > levels.low ? step : levels.low;
   step = step < levels.high ? step : levels.high;

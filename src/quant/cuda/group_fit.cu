@@ -37,16 +37,26 @@ __device__ float storable_scale(const GridRules& rules, float scale) {
   return smaller(larger(stored, rules.format.smallest), largest);
 }
 
+/// The step of the grid that the host's search takes: rounded by a multiply-add, then clamped.
+__device__ float searched_step(const Levels& levels, float value) {
+  const float first = levels.low + kRoundShift, last = levels.high + kRoundShift;
+  float step = fmaf(value, levels.inverse, kRoundShift);
+  step = step > first ? step : first;
+  step = step < last ? step : last;
+  return step - kRoundShift;
+}
+
 __device__ float weighted_error(const Group& group, const GridRules& rules, const Grid& grid) {
   const Levels levels = levels_of(rules, grid.scale, grid.zero);
-  float sum = 0.0F;
+  // Even and odd columns apart, as on the host.
+  float sums[2] = {0.0F, 0.0F};
   for (int64_t j = 0; j < group.width; ++j) {
     const float w = group.weights[j * group.stride];
-    const float stored = round_stored(rules.format, nearest_step(levels, w) * levels.scale);
+    const float stored = round_stored(rules.format, searched_step(levels, w) * levels.scale);
     const float difference = (w - stored) * group.unit;
-    sum = fmaf(group.importance[j] * difference, difference, sum);
+    sums[j % 2] = fmaf(group.importance[j] * difference, difference, sums[j % 2]);
   }
-  return sum;
+  return sums[0] + sums[1];
 }
 
 /// argmin_s Σ_j h_j (w_j − s k_j)² for the codes k of the grid; 0 when all of them are 0.
@@ -54,7 +64,7 @@ __device__ float least_squares_scale(const Group& group, const GridRules& rules,
   const Levels levels = levels_of(rules, grid.scale, grid.zero);
   float cross = 0.0F, square = 0.0F;
   for (int64_t j = 0; j < group.width; ++j) {
-    const float w = group.weights[j * group.stride], step = nearest_step(levels, w);
+    const float w = group.weights[j * group.stride], step = searched_step(levels, w);
     cross = fmaf(group.importance[j] * step, w, cross);
     square = fmaf(group.importance[j] * step, step, square);
   }
