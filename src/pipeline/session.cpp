@@ -83,11 +83,15 @@ comm::GridShape choose_shape(const config::RunConfig& config, const model::Model
   } else if (replicas == 0) {
     replicas = n_ranks / stages;
   }
-  if (stages * replicas != n_ranks)
+  if (stages * replicas != n_ranks) {
+    const auto configured = [](int n) { return n == 0 ? std::string("auto") : std::to_string(n); };
     fail<ConfigError>(
-        "ranks.stages = {} times ranks.replicas = {} must equal the {} ranks of this job; set one of them "
-        "to auto or start {} ranks",
-        stages, replicas, n_ranks, std::max(1, stages) * std::max(1, replicas));
+        "ranks.stages = {} times ranks.replicas = {} must equal the {} of this job; set one of them to auto, "
+        "or start it with mpirun -n {}",
+        configured(ranks.stages), configured(ranks.replicas),
+        n_ranks == 1 ? "1 rank" : fmt::format("{} ranks", n_ranks),
+        std::max(1, stages) * std::max(1, replicas));
+  }
   return {stages, replicas};
 }
 

@@ -187,8 +187,8 @@ class BlockTime {
     }
   }
 
-  // A thread of one rank packs, writes, and reads back for the digest of its record, while the next block is in
-  // work; CPU ranks, whose cores are all busy, lose what packing takes.
+  // A thread of one rank packs, writes, and reads back for the digest of its record, while the next block is
+  // in work; CPU ranks, whose cores are all busy, lose what packing takes.
   void write_block() {
     const double bytes = job_.quantized_block_bytes(0);
     wait_ = write_s(job_.cluster, bytes, 1) + read_s(job_.cluster, bytes, 1);
@@ -310,9 +310,8 @@ StageTime quantize_time(const Job& job, const config::Reestimate& reestimate) {
   }
 
   // A thread of rank 0 copies embedding and head during the first block; the embedding goes to all ranks.
-  const double copy_s =
-      std::max(0.0, read_s(job.cluster, job.stored_end_bytes(), 1) +
-                        write_s(job.cluster, job.stored_end_bytes(), 1) - block.total_s());
+  const double copy_s = std::max(0.0, read_s(job.cluster, job.stored_end_bytes(), 1) +
+                                          write_s(job.cluster, job.stored_end_bytes(), 1) - block.total_s());
   time.disk_s += copy_s;
   time.parts.emplace_back("copy of embedding and head", copy_s);
   if (job.uses_covariance())
