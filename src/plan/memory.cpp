@@ -19,12 +19,14 @@ constexpr double kLossChunk = 256, kCompareChunk = 128;
 constexpr double kCorrectionBytes = 5 * 8 + 4;
 
 /// Of resident weights, or of streamed ones in a pass forward or backward: a block in work and one read
-/// ahead; where embedding or head are read, one block at most stands beside them.
+/// ahead, if the stage has another; where embedding or head are read, one block at most stands beside them.
 double weight_bytes(const Job& job, int stage) {
-  if (job.is_streamed())
-    return job.shapes.block_weight_bytes() +
-           std::max(job.shapes.block_weight_bytes(), job.shapes.end_weight_bytes());
   const Layout& layout = job.layout;
+  if (job.is_streamed()) {
+    const bool has_another = layout.blocks[static_cast<size_t>(stage)].size() > 1;
+    return job.shapes.block_weight_bytes() +
+           std::max(has_another ? job.shapes.block_weight_bytes() : 0, job.shapes.end_weight_bytes());
+  }
   const int n_ends = (stage == 0 ? 1 : 0) + (stage + 1 == layout.stages ? 1 : 0);
   return static_cast<double>(layout.blocks[static_cast<size_t>(stage)].size()) *
              job.shapes.block_weight_bytes() +
