@@ -29,6 +29,7 @@ tokens small models/small
 tokens smollm2 models/smollm2-135m
 if [[ -n ${WIKITEXT:-} ]]; then
   wikitext() { # part, text, options
+    [[ -f $data/wikitext-$1.safetensors ]] && return
     "$python" tools/python/prepare_tokens.py --tokenizer models/smollm2-135m/tokenizer.json --length 1024 "${@:3}" \
       --output "$data/wikitext-$1.safetensors" "$WIKITEXT/$2"
   }

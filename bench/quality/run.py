@@ -236,7 +236,11 @@ def main():
     options = parse_arguments()
     matrix = matrices.read(options.matrix, options.setting)
     bench = Bench(options, matrix)
-    wanted = [run for run in matrix.runs if re.search(options.only, run.name)]
+    missing = {name: path for name, model in matrix.models.items() for path in (model["calibration"], model["evaluation"])
+               if not Path(path).exists()}
+    for name, path in missing.items():
+        print(f"model {name} is left out: no {path} (bench/quality/prepare.sh makes it)", flush=True)
+    wanted = [run for run in matrix.runs if run.model not in missing and re.search(options.only, run.name)]
     if not wanted:
         raise SystemExit(f"{options.matrix}: no run matches {options.only!r}")
     todo = [run for run in wanted if not bench.is_done(run)]

@@ -50,6 +50,16 @@ at::Tensor no_bad_value(const at::Tensor& x) {
   return at::zeros({1}, x.options().dtype(at::kInt));
 }
 
+/// All rows and columns of a sum, whose rows are contiguous.
+cuda::Sum whole(at::Tensor& sum) {
+  return {.data = sum.mutable_data_ptr<float>(),
+          .stride = sum.stride(0),
+          .n_rows = sum.size(0),
+          .n_columns = sum.size(1),
+          .first_column = 0,
+          .is_upper = false};
+}
+
 void add(const at::Tensor& a, const at::Tensor& b, const cuda::Sum& sum) {
   const Stream stream = current_stream(a.device());
   const int code =
@@ -82,13 +92,7 @@ bool device::add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor&
   at::Tensor is_bad = no_bad_value(a);
   const at::Tensor left = weighted(a, {}, a.size(1), is_bad), right = weighted(b, {}, b.size(1), is_bad);
   if (is_bad.item<int>() != 0) return false;
-  add(left, right,
-      {.data = sum.mutable_data_ptr<float>(),
-       .stride = sum.size(1),
-       .n_rows = sum.size(0),
-       .n_columns = sum.size(1),
-       .first_column = 0,
-       .is_upper = false});
+  add(left, right, whole(sum));
   return true;
 }
 
@@ -102,13 +106,7 @@ void add_device_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& 
                 b.size(1));
   if (a.size(0) == 0 || sum.numel() == 0) return;
   const c10::DeviceGuard guard(sum.device());
-  add(a, b,
-      {.data = sum.mutable_data_ptr<float>(),
-       .stride = sum.stride(0),
-       .n_rows = sum.size(0),
-       .n_columns = sum.size(1),
-       .first_column = 0,
-       .is_upper = false});
+  add(a, b, whole(sum));
 }
 
 }  // namespace isobath::kernels

@@ -120,6 +120,25 @@ TEST(PointToPoint, ABadPeerOrTagIsRefused) {
   EXPECT_THROW(world().send(tensor.expand({4}), 0, 0), InternalError);
 }
 
+TEST(PointToPoint, ALongMessageArrivesWhileItsSenderIsOutsideMpi) {
+  if (world().size() < 2) GTEST_SKIP() << "one rank sends to none";
+  constexpr int64_t kValues = 1 << 21;  // 8 MB: no transport takes it in one piece
+  constexpr std::chrono::seconds kOutside{3};
+  world().barrier();
+  const Timer timer;
+  if (world().rank() == 0) {
+    Request send = world().send_async(at::ones({kValues}), 1, 0);
+    std::this_thread::sleep_for(kOutside);
+    send.wait();
+  } else if (world().rank() == 1) {
+    at::Tensor received = at::zeros({kValues});
+    world().receive(received, 0, 0);
+    EXPECT_LT(timer.seconds(), std::chrono::duration<double>(kOutside).count() / 2);
+    EXPECT_EQ(received.sum().item<float>(), static_cast<float>(kValues));
+  }
+  world().barrier();
+}
+
 TEST(PointToPoint, AWaitingRankLeavesTheCoreToOthersWhereTheyShareCores) {
   if (std::thread::hardware_concurrency() >= static_cast<unsigned>(world().size()))
     GTEST_SKIP() << "there is a core for each rank: waits keep theirs";

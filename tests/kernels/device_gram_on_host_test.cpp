@@ -5,6 +5,7 @@
 #include <isobath/kernels/device.hpp>
 #include <limits>
 
+#include "kernels/gram_cases.hpp"
 #include "src/kernels/device_gram.hpp"
 
 namespace isobath::kernels {
@@ -18,17 +19,6 @@ class DeviceGram : public ::testing::TestWithParam<at::ScalarType> {
   [[nodiscard]] static at::Tensor random(at::IntArrayRef shape) { return at::randn(shape).to(GetParam()); }
 };
 
-at::Tensor literal(const at::Tensor& x, const at::Tensor& roots) {
-  at::Tensor rounded = x;
-  if (roots.defined()) rounded = (x.to(at::kFloat) * roots.unsqueeze(1)).to(x.scalar_type());
-  const at::Tensor wide = rounded.to(at::kDouble);
-  return wide.t().mm(wide);
-}
-
-double relative(const at::Tensor& found, const at::Tensor& expected) {
-  return ((found - expected).norm() / expected.norm()).item<double>();
-}
-
 TEST_P(DeviceGram, AddsTheUpperTriangleOfRoundedProducts) {
   at::manual_seed(4);
   for (const int64_t d : {1, 7, 64, 130, 150})
@@ -37,7 +27,7 @@ TEST_P(DeviceGram, AddsTheUpperTriangleOfRoundedProducts) {
       for (const at::Tensor& weights : {at::Tensor(), roots}) {
         at::Tensor upper = at::ones({d, d});
         ASSERT_TRUE(device::add_gram_panel(upper, 0, x, weights));
-        EXPECT_LT(relative(at::triu(upper), at::triu(literal(x, weights) + 1.0)), kSumTolerance)
+        EXPECT_LT(relative(at::triu(upper), at::triu(literal_gram(x, weights) + 1.0)), kSumTolerance)
             << d << " " << n;
       }
     }
@@ -62,7 +52,7 @@ TEST_P(DeviceGram, TakesRowsOfAWiderMatrix) {
   const at::Tensor x = random({70, 96}).slice(1, 3, 80);
   at::Tensor upper = at::zeros({77, 77});
   ASSERT_TRUE(device::add_gram_panel(upper, 0, x, {}));
-  EXPECT_LT(relative(at::triu(upper), at::triu(literal(x, {}))), kSumTolerance);
+  EXPECT_LT(relative(at::triu(upper), at::triu(literal_gram(x, {}))), kSumTolerance);
 }
 
 TEST_P(DeviceGram, AddsProductsOfTwoMatrices) {

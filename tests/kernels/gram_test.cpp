@@ -4,6 +4,8 @@
 #include <isobath/kernels/gram.hpp>
 #include <limits>
 
+#include "kernels/gram_cases.hpp"
+
 namespace isobath::kernels {
 namespace {
 
@@ -19,18 +21,6 @@ class Gram : public ::testing::TestWithParam<at::ScalarType> {
   [[nodiscard]] static at::Tensor random(at::IntArrayRef shape) { return at::randn(shape).to(GetParam()); }
 };
 
-/// What add_gram promises, in f64, rounding included.
-at::Tensor literal(const at::Tensor& x, const at::Tensor& roots) {
-  at::Tensor rounded = x;
-  if (roots.defined()) rounded = (x.to(at::kFloat) * roots.unsqueeze(1)).to(x.scalar_type());
-  const at::Tensor wide = rounded.to(at::kDouble);
-  return wide.t().mm(wide);
-}
-
-double relative(const at::Tensor& found, const at::Tensor& expected) {
-  return ((found - expected).norm() / expected.norm()).item<double>();
-}
-
 TEST_P(Gram, AddsTheUpperTriangleOfRoundedProducts) {
   at::manual_seed(4);
   for (const int64_t d : {1, 16, 23, 24, 25, 47, 48, 49, 144, 150, 300})
@@ -39,7 +29,7 @@ TEST_P(Gram, AddsTheUpperTriangleOfRoundedProducts) {
       for (const at::Tensor& weights : {at::Tensor(), roots}) {
         at::Tensor upper = at::ones({d, d});
         ASSERT_TRUE(add_gram(upper, x, weights));
-        EXPECT_LT(relative(at::triu(upper), at::triu(literal(x, weights) + 1.0)), kSumTolerance)
+        EXPECT_LT(relative(at::triu(upper), at::triu(literal_gram(x, weights) + 1.0)), kSumTolerance)
             << d << " " << n;
       }
     }
@@ -68,7 +58,7 @@ TEST_P(Gram, GivesTheSameBitsWhenTokensComeInChunks) {
   ASSERT_TRUE(add_gram(all, x, {}));
   ASSERT_TRUE(add_gram_panel(part, 0, x, {}));
   EXPECT_TRUE(at::equal(at::triu(part), at::triu(all.slice(0, 0, 48).slice(1, 0, 48))));
-  EXPECT_LT(relative(part.triu(), literal(x.slice(1, 0, 48), {}).triu()), kSumTolerance);
+  EXPECT_LT(relative(part.triu(), literal_gram(x.slice(1, 0, 48), {}).triu()), kSumTolerance);
 }
 
 TEST_P(Gram, AddsProductsOfTwoMatrices) {
