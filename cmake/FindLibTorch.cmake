@@ -22,6 +22,16 @@ if(NOT TARGET isobath_torch)
   # Searched last: the wheel also carries its own copy of fmt, which must not shadow the one that spdlog was built with.
   target_compile_options(isobath_torch INTERFACE "SHELL:-idirafter ${ISOBATH_TORCH_ROOT}/include"
     "SHELL:-idirafter ${ISOBATH_TORCH_ROOT}/include/torch/csrc/api/include")
+  # at::parallel_for is a header: without OpenMP it is compiled as a plain loop. The runtime must be the wheel's, whose
+  # number of threads at::set_num_threads sets.
+  target_compile_options(isobath_torch INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fopenmp>)
+  file(GLOB openmp_runtime ${ISOBATH_TORCH_ROOT}/lib/libgomp*.so* ${site_packages}/torch.libs/libgomp*.so*)
+  if(openmp_runtime)
+    list(GET openmp_runtime 0 openmp_runtime)
+    target_link_libraries(isobath_torch INTERFACE ${openmp_runtime})
+  else()
+    target_link_options(isobath_torch INTERFACE -fopenmp)
+  endif()
   target_link_directories(isobath_torch INTERFACE ${ISOBATH_TORCH_ROOT}/lib)
   target_link_libraries(isobath_torch INTERFACE torch_cpu c10)
   target_link_options(isobath_torch INTERFACE -Wl,--allow-shlib-undefined -Wl,-rpath,${ISOBATH_TORCH_ROOT}/lib)

@@ -1,7 +1,8 @@
 """A matrix of runs, read from YAML: models x grids x seeds of the calibration sample x configurations.
 
 settings        size of the runs by name (--setting): sequences, length, window, windows, seeds
-models          name -> model (directory), calibration and evaluation (token files that rows are sampled from)
+models          name -> model (directory), calibration and evaluation (token files that rows are sampled from); length:
+                the most tokens of a sequence or window, which are more in number then (the model knows no longer ones)
 base            isobath's keys that all configurations share
 grids           name -> isobath's keys of the grid
 configurations  name -> {set: keys that differ from base} for isobath, or {peer: script, options: [...]}; with
@@ -68,6 +69,15 @@ class Matrix:
     models: dict
     setting: dict
     runs: list
+
+    def setting_of(self, model):
+        """The setting for a model: as many tokens, in sequences and windows that are not longer than it allows."""
+        found = dict(self.setting)
+        for count, length in (("sequences", "length"), ("windows", "window")):
+            limit = self.models[model].get("length", found[length])
+            if found[length] > limit:
+                found[count], found[length] = found[count] * found[length] // limit, limit
+        return found
 
 
 def read(path, setting_name):

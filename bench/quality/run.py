@@ -88,7 +88,7 @@ class Bench:
 
     def is_done(self, run):
         found = self.state["results"].get(run.name)
-        return found is not None and found["fingerprint"] == run.fingerprint(self.matrix.setting)
+        return found is not None and found["fingerprint"] == run.fingerprint(self.matrix.setting_of(run.model))
 
     def call(self, command, log):
         """Seconds of a command; what it prints goes to a log file."""
@@ -103,7 +103,7 @@ class Bench:
 
     def isobath(self, subcommand, run, keys, log, *more, ranks=None):
         """Runs isobath with a configuration file of `keys` beside the log."""
-        setting, model = self.matrix.setting, self.matrix.models[run.model]
+        setting, model = self.matrix.setting_of(run.model), self.matrix.models[run.model]
         complete = {
             "model": model["model"], "ranks.threads": self.options.threads,
             "calibration.tokens": str(self.calibration(run)), "calibration.sequences": setting["sequences"],
@@ -118,8 +118,9 @@ class Bench:
 
     def calibration(self, run):
         path = self.folder / run.model / f"calibration-{run.seed}.safetensors"
-        sample_rows(Path(self.matrix.models[run.model]["calibration"]), path, self.matrix.setting["sequences"],
-                    self.matrix.setting["length"], run.seed)
+        setting = self.matrix.setting_of(run.model)
+        sample_rows(Path(self.matrix.models[run.model]["calibration"]), path, setting["sequences"], setting["length"],
+                    run.seed)
         return path
 
     def measure(self, run):
@@ -173,8 +174,9 @@ class Bench:
         """Evaluates checkpoints of one model in one pass and stores the results."""
         run = made[0][0]
         tokens = self.folder / run.model / "evaluation.safetensors"
-        sample_rows(Path(self.matrix.models[run.model]["evaluation"]), tokens, self.matrix.setting["windows"],
-                    self.matrix.setting["window"], EVALUATION_SEED)
+        setting = self.matrix.setting_of(run.model)
+        sample_rows(Path(self.matrix.models[run.model]["evaluation"]), tokens, setting["windows"], setting["window"],
+                    EVALUATION_SEED)
         output, log = self.folder / "evaluation.json", self.folder / "logs" / f"{run.group}-evaluate.log"
         checkpoints = [part for _, directory, _ in made for part in ("--checkpoint", directory / "model")]
         self.isobath("evaluate", run, {"output": str(self.folder / "unused"), "evaluation.tokens": str(tokens)}, log,
@@ -183,7 +185,7 @@ class Bench:
             self.state["originals"][one.model] = metrics["perplexity_original"]
             self.state["results"][one.name] = {
                 **known, **{key: metrics[key] for key in ("perplexity", "kl_mean", "kl_median", "kl_p99", "top1_agreement")},
-                "fingerprint": one.fingerprint(self.matrix.setting)}
+                "fingerprint": one.fingerprint(self.matrix.setting_of(one.model))}
             print(f"{one.name}: perplexity {metrics['perplexity']:.3f}, KL {metrics['kl_mean']:.4f}, "
                   f"{known['seconds']:.0f} s", flush=True)
             if not self.options.keep:

@@ -4,7 +4,8 @@
 
 int main(int argc, char** argv) {
   // Activations, and the logits of a chunk of tokens most of all, come and go by the megabyte: without this
-  // each one is mapped, zeroed page by page and unmapped again. C libraries before glibc 2.35 take 32 MiB at most.
+  // each one is mapped, zeroed page by page and unmapped again. C libraries before glibc 2.35 take 32 MiB at
+  // most.
   if (mallopt(M_MMAP_THRESHOLD, 256 << 20) == 0) {
     mallopt(M_MMAP_THRESHOLD, 32 << 20);
   }

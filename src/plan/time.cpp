@@ -160,6 +160,7 @@ class BlockTime {
   void rows(int set) {
     const double d = channels(set);
     const config::Quantization& q = job_.config.quantization;
+    const double threads = job_.cluster.host.threads;
     const double groups = job_.is_weighted() ? static_cast<double>(job_.config.sensitivity.row_groups) : 1;
     for (const model::Projection p : model::input_set(set)) {
       const auto shape = model::module_shape(job_.model, p);
@@ -169,16 +170,15 @@ class BlockTime {
       const double mine = groups * job_.largest_row_share(group_rows);
       const double element = job_.shapes.element_bytes;
       if (job_.uses_covariance()) {
-        rows_ += time(solve_rows(mine, d, q) + Work{.host_link_bytes = element * mine * d});
+        rows_ += time(solve_rows(mine, d, q, threads) + Work{.host_link_bytes = element * mine * d});
         codes_ += all_reduce_s(job_, n_rows * d * (1 + (element + 1) / group_columns(d)));
-        objective_ +=
-            time(score(mine, d, q, job_.cluster.host.threads, job_.refines() || job_.is_asymmetric()));
-        if (job_.refines()) refinement_ += time(refine_rows(mine, d, q));
+        objective_ += time(score(mine, d, q, threads, job_.refines() || job_.is_asymmetric()));
+        if (job_.refines()) refinement_ += time(refine_rows(mine, d, q, threads));
         if (job_.is_asymmetric()) correction_ += time(correct_rows(mine, d));
       } else {
         // Every rank rounds all rows; H is the identity.
-        rows_ += time({.candidates = n_rows * d * candidate_grids(q.bits, q.symmetric, q.clip_search) /
-                                     job_.cluster.host.threads});
+        rows_ +=
+            time({.candidates = n_rows * d * candidate_grids(q.bits, q.symmetric, q.clip_search) / threads});
         constexpr double kDifferenceTraffic = 27 + 12 + 8 + 4;  // dequantize, difference, square, sum
         objective_ += time({.host_traffic_bytes = kDifferenceTraffic * n_rows * d});
       }

@@ -52,6 +52,13 @@ double whole_tiles(double n_rows) {
   return std::ceil(n_rows / kTileRows);
 }
 
+/// Share of the rows that the busiest thread has, of tiles as quant::RowSolver cuts them.
+double busiest_share(double n_rows, double threads) {
+  const double tiles =
+      std::ceil(n_rows / static_cast<double>(quant::tile_rows(static_cast<int64_t>(n_rows))));
+  return std::ceil(tiles / threads) / tiles;
+}
+
 struct Linear {
   double rows, columns;
 };
@@ -352,21 +359,21 @@ double candidate_grids(int bits, bool symmetric, bool clip_search) {
                    : (octaves * per_octave + 3) * kZeros + 1 + kRounds * 4;
 }
 
-Work solve_rows(double n_rows, double d, const config::Quantization& q) {
-  const double rows = kTileRows * whole_tiles(n_rows);
+Work solve_rows(double n_rows, double d, const config::Quantization& q, double threads) {
+  const double rows = kTileRows * whole_tiles(n_rows), busiest = rows * busiest_share(n_rows, threads);
   return {.thin_flops = rows * d * std::max(0.0, d - kColumnBlock),
-          .column_flops = rows * d * kColumnBlock,
-          .candidates = rows * d * candidate_grids(q.bits, q.symmetric, q.clip_search),
+          .column_flops = busiest * d * kColumnBlock,
+          .candidates = busiest * d * candidate_grids(q.bits, q.symmetric, q.clip_search),
           .host_traffic_bytes = 16 * rows * d};
 }
 
-Work refine_rows(double n_rows, double d, const config::Quantization& q) {
+Work refine_rows(double n_rows, double d, const config::Quantization& q, double threads) {
   const double rows = kTileRows * whole_tiles(n_rows), sweeps = static_cast<double>(q.refinement.sweeps);
   const double width = q.group == 0 ? d : static_cast<double>(q.group);
   // Products of a group's own H: one, and two for each zero point tried.
   const double own = q.symmetric ? 3 : 7;
   return {.thin_flops = 2 * rows * d * (d + sweeps * (2 * d + own * width)),
-          .column_flops = sweeps * rows * d * kColumnBlock,
+          .column_flops = sweeps * rows * busiest_share(n_rows, threads) * d * kColumnBlock,
           .host_traffic_bytes = 32 * rows * d};
 }
 

@@ -2,6 +2,9 @@
 #include <gtest/gtest.h>
 
 #include <isobath/kernels/linear.hpp>
+#include <mutex>
+#include <set>
+#include <thread>
 
 namespace isobath::kernels {
 namespace {
@@ -60,6 +63,25 @@ TEST(LinearThreads, GiveTheSameBitsOnOneAndThreeThreads) {
   const at::Tensor three = linear_forward(x, weight, {});
   at::set_num_threads(before);
   EXPECT_TRUE(at::equal(one, three));
+}
+
+// at::parallel_for is a header: compiled without OpenMP, or against another runtime than the one whose
+// threads at::set_num_threads sets, it would be a plain loop, and a rank of many threads as slow as one of
+// one.
+TEST(LinearThreads, AreAsManyAsTheRankWasGiven) {
+  const int before = at::get_num_threads();
+  at::set_num_threads(3);
+  std::mutex mutex;
+  std::set<std::thread::id> threads;
+  int64_t n_parts = 0;
+  at::parallel_for(0, 3, 1, [&](int64_t, int64_t) {
+    const std::scoped_lock lock(mutex);
+    threads.insert(std::this_thread::get_id());
+    ++n_parts;
+  });
+  at::set_num_threads(before);
+  EXPECT_EQ(n_parts, 3);
+  EXPECT_EQ(threads.size(), 3U);
 }
 
 }  // namespace

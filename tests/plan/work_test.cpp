@@ -121,10 +121,15 @@ TEST(Work, SolverByHand) {
   config::Quantization quantization;
   quantization.clip_search = false;
   // 70 rows are two tiles of 64; the last 128 of 256 columns are reached by the product.
-  const Work rows = solve_rows(70, 256, quantization);
+  const Work rows = solve_rows(70, 256, quantization, 1);
   EXPECT_EQ(rows.thin_flops, 128.0 * 256 * 128);
   EXPECT_EQ(rows.column_flops, 128.0 * 256 * 128);
   EXPECT_EQ(rows.candidates, 128.0 * 256);
+  // Four tiles on three threads: one of them has two. Products are counted whole.
+  const Work shared = solve_rows(256, 256, quantization, 3);
+  EXPECT_EQ(shared.thin_flops, 256.0 * 256 * 128);
+  EXPECT_EQ(shared.column_flops, 128.0 * 256 * 128);
+  EXPECT_EQ(shared.candidates, 128.0 * 256);
   // A product with the factor's panel, of every row; with H too when the codes changed.
   EXPECT_EQ(score(10, 16, quantization, 4, false).thin_flops, 2 * 10 * 16 * 16);
   EXPECT_EQ(score(10, 16, quantization, 4, true).thin_flops, 2 * 2 * 10 * 16 * 16);
@@ -139,10 +144,12 @@ TEST(Work, RefinementAndCorrectionByHand) {
   quantization.group = 64;
   // H (Ŵ − T)ᵀ to start; a sweep updates it after codes and after grids, and multiplies each group's own H
   // three times, seven where zero points move.
-  EXPECT_EQ(refine_rows(70, 256, quantization).thin_flops, 2.0 * 128 * 256 * (256 + 2 * (2 * 256 + 3 * 64)));
-  EXPECT_EQ(refine_rows(70, 256, quantization).column_flops, 2 * 128.0 * 256 * 128);
+  EXPECT_EQ(refine_rows(70, 256, quantization, 1).thin_flops,
+            2.0 * 128 * 256 * (256 + 2 * (2 * 256 + 3 * 64)));
+  EXPECT_EQ(refine_rows(70, 256, quantization, 1).column_flops, 2 * 128.0 * 256 * 128);
   quantization.symmetric = false;
-  EXPECT_EQ(refine_rows(70, 256, quantization).thin_flops, 2.0 * 128 * 256 * (256 + 2 * (2 * 256 + 7 * 64)));
+  EXPECT_EQ(refine_rows(70, 256, quantization, 1).thin_flops,
+            2.0 * 128 * 256 * (256 + 2 * (2 * 256 + 7 * 64)));
 
   // Cholesky and two solves, or two triangular solves.
   EXPECT_DOUBLE_EQ(correction(3, {.correction = "qep"}).f64_factor_flops, 9 + 2 * 27);

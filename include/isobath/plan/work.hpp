@@ -20,7 +20,7 @@ struct Work {
   double f64_gemm_flops = 0;
   double thin_flops = 0;    ///< f32 products with 64 columns or rows
   double column_flops = 0;  ///< of the column loop, on one thread
-  double candidates = 0;    ///< (weight, candidate grid) pairs, on one thread
+  double candidates = 0;    ///< (weight, candidate grid) pairs of one thread
   double packed_codes = 0;  ///< on one thread
   double host_traffic_bytes = 0;
 
@@ -105,13 +105,16 @@ struct Shapes {
 /// quant::damped_hessian, which every rank makes of each H when codes are refined.
 [[nodiscard]] Work damped_hessian(double d);
 
-/// quant::gptq of `n_rows` rows (whole tiles of 64): n d² thin, 128 n d in the column loop, the clip search.
-[[nodiscard]] Work solve_rows(double n_rows, double d, const config::Quantization& quantization);
+/// quant::gptq of `n_rows` rows (whole tiles of 64): n d² thin; 128 n d in the column loop and the clip
+/// search as the busiest of `threads` threads has them.
+[[nodiscard]] Work solve_rows(double n_rows, double d, const config::Quantization& quantization,
+                              double threads);
 
 /// quant::refine of `n_rows` rows (whole tiles): 2 n d² thin flops to start; a sweep moves codes (2 n d², and
 /// 128 n d in the column loop) and grids (2 n d², and the products with each group's own H). All sweeps are
-/// counted: they end earlier when nothing moves.
-[[nodiscard]] Work refine_rows(double n_rows, double d, const config::Quantization& quantization);
+/// counted: they end earlier when nothing moves. The column loop as in solve_rows.
+[[nodiscard]] Work refine_rows(double n_rows, double d, const config::Quantization& quantization,
+                               double threads);
 
 /// quant::corrected (2 n d² thin flops) and quant::asymmetric_objective (2 n d² thin, 2 n d² f64, C to f64
 /// for each tile) of `n_rows` rows (whole tiles).
