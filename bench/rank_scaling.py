@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""How much faster two ranks are than one: measure and quantize, one thread a rank, the layouts in turn, medians.
+"""How much faster two ranks of one thread, and one rank of two threads, are than one of one: measure and quantize, the
+layouts in turn, medians.
 
   bench/rank_scaling.py build/cpu/src/isobath configs/quickstart.yaml --repeat 3 --set calibration.sequences=32
 
@@ -9,7 +10,7 @@ import statistics
 
 from whole_run import arguments_of, events, run_isobath, scratch
 
-LAYOUTS = {"1 rank": (1, 1), "2 replicas": (1, 2), "2 stages": (2, 1)}
+LAYOUTS = {"1 rank": (1, 1, 1), "2 replicas": (1, 2, 1), "2 stages": (2, 1, 1), "2 threads": (1, 1, 2)}
 
 
 def seconds(output):
@@ -22,11 +23,11 @@ def main():
     times = {name: [] for name in LAYOUTS}
     with scratch() as space:
         for turn in range(arguments.repeat):
-            for name, (stages, replicas) in LAYOUTS.items():
+            for name, (stages, replicas, threads) in LAYOUTS.items():
                 output = space / f"{name.replace(' ', '-')}-{turn}"
                 run_isobath(arguments.isobath, arguments.config, output, stages * replicas,
-                            [f"ranks.stages={stages}", f"ranks.replicas={replicas}", "ranks.threads=1", "evaluation.tokens=",
-                             *arguments.set])
+                            [f"ranks.stages={stages}", f"ranks.replicas={replicas}", f"ranks.threads={threads}",
+                             "evaluation.tokens=", *arguments.set], threads=threads)
                 times[name].append(seconds(output))
     base = [statistics.median(column) for column in zip(*times["1 rank"])]
     print(f"{'layout':12} {'measure s':>10} {'x':>5} {'quantize s':>11} {'x':>5}   medians of {arguments.repeat}")

@@ -30,13 +30,16 @@ def scratch():
         shutil.rmtree(space, ignore_errors=True)
 
 
-def run_isobath(isobath, config, output, ranks, settings, command="run", more=()):
-    """Runs the program; its standard output and error as text. Ends the bench when it fails."""
-    line = ["mpirun", "--quiet", "--bind-to", "core" if ranks <= (os.cpu_count() or 1) else "none", "-n", str(ranks),
+def run_isobath(isobath, config, output, ranks, settings, command="run", more=(), threads=1):
+    """Runs the program; its standard output and error as text. Ends the bench when it fails.
+
+    Ranks of one thread are bound to a core each where there are enough."""
+    binding = "core" if threads == 1 and ranks <= (os.cpu_count() or 1) else "none"
+    line = ["mpirun", "--quiet", "--bind-to", binding, "-n", str(ranks),
             isobath, command, config, "--set", f"output={output}"]
     for setting in settings:
         line += ["--set", setting]
-    job = subprocess.run([*line, *more], env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    job = subprocess.run([*line, *more], env=dict(os.environ, OMP_NUM_THREADS=str(threads)), capture_output=True, text=True)
     if job.returncode != 0:
         raise SystemExit(f"exit code {job.returncode}: {' '.join(map(str, line))}\n{job.stdout}\n{job.stderr}")
     return job.stdout + job.stderr

@@ -1,11 +1,10 @@
 #include <isobath/comm/runtime.hpp>
 
-#include <sched.h>
 #include <unistd.h>
 
 #include <cstdlib>
-#include <cstring>
 #include <exception>
+#include <isobath/comm/cores.hpp>
 #include <isobath/comm/watchdog.hpp>
 #include <isobath/core/log.hpp>
 
@@ -25,21 +24,6 @@ void abort_all(int exit_code) {
 // The launcher notices a rank that leaves without finalizing, and ends the others.
 void leave(int exit_code) {
   _exit(exit_code);
-}
-
-/// Whether the ranks of a node have as many cores between them. Collective.
-bool have_core_each(const Communicator& node) {
-  cpu_set_t mine;
-  CPU_ZERO(&mine);
-  if (sched_getaffinity(0, sizeof mine, &mine) != 0) CPU_ZERO(&mine);
-  cpu_set_t all;
-  CPU_ZERO(&all);
-  for (const std::string& bytes : node.all_gather({reinterpret_cast<const char*>(&mine), sizeof mine})) {
-    cpu_set_t theirs;
-    std::memcpy(&theirs, bytes.data(), sizeof theirs);
-    CPU_OR(&all, &all, &theirs);
-  }
-  return CPU_COUNT(&all) >= node.size();
 }
 
 }  // namespace
@@ -69,7 +53,8 @@ Runtime::Runtime(int& argc, char**& argv) {
   state_ = std::make_unique<State>(
       State{Communicator(std::make_unique<Communicator::State>(handle, kDefaultMessageLimit)),
             std::uncaught_exceptions()});
-  set_core_for_each_rank(have_core_each(world().node()));
+  const Communicator node = world().node();
+  set_core_for_each_rank(cores_of(node).usable >= node.size());
   set_watchdog_identity(world().rank(), world().host(), granted == MPI_THREAD_MULTIPLE ? abort_all : leave);
   if (granted == MPI_THREAD_MULTIPLE && world().size() > 1) start_progress();
 }

@@ -54,7 +54,7 @@ void add_run_keys(Table& t) {
       "Copies of the pipeline that work on different sequences.");
   t.integer_or_auto(
       "ranks.threads", [](auto& c) -> auto& { return c.ranks.threads; }, 4096, "threads per rank",
-      "Threads of a rank; auto shares the cores of a node among its ranks. Part of the fingerprint.");
+      "Threads of a rank; auto takes one for each core that the rank may use alone. Part of the fingerprint.");
   t.word(
       "ranks.device", [](auto& c) -> auto& { return c.ranks.device; }, {"auto", "cpu", "cuda"},
       "Where a rank computes; auto takes CUDA where the build and the machine have it.");

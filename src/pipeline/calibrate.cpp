@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <fstream>
+#include <isobath/comm/cores.hpp>
 #include <isobath/core/log.hpp>
 #include <isobath/core/timer.hpp>
 #include <isobath/formats/packing.hpp>
@@ -20,7 +21,6 @@
 #include <isobath/plan/work.hpp>
 #include <isobath/quant/factor.hpp>
 #include <isobath/quant/solver.hpp>
-#include <thread>
 
 namespace isobath::pipeline {
 namespace {
@@ -42,7 +42,7 @@ class Calibration {
     cluster_.nodes = std::max(1, world.size() / node_.size());
     cluster_.device = "cpu";
     cluster_.name = world.host();
-    cluster_.host.threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()) / node_.size());
+    cluster_.host.threads = std::max(1, comm::cores_of(node_).per_rank);
     at::set_num_threads(static_cast<int>(cluster_.host.threads));
     cluster_.memory.node_gib =
         static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGE_SIZE)) / kGiB;

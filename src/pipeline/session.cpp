@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <unistd.h>
 
+#include <isobath/comm/cores.hpp>
 #include <isobath/comm/device_communicator.hpp>
 #include <isobath/core/digest.hpp>
 #include <isobath/core/log.hpp>
@@ -12,7 +13,6 @@
 #include <isobath/pipeline/schedule.hpp>
 #include <isobath/sensitivity/token_weights.hpp>
 #include <set>
-#include <thread>
 
 namespace isobath::pipeline {
 namespace {
@@ -95,6 +95,24 @@ comm::GridShape choose_shape(const config::RunConfig& config, const model::Model
   return {stages, replicas};
 }
 
+/// Threads of every rank: as many as the rank with the fewest cores has cores. Warns where mpirun binds ranks
+/// to fewer than they could have. Collective over the world.
+int choose_threads(const config::RunConfig& config, const comm::Communicator& world,
+                   const comm::Communicator& node) {
+  const comm::NodeCores cores = comm::cores_of(node);
+  const int own = std::max(1, world.all_reduce(cores.per_rank, comm::Reduce::min));
+  const int threads = config.ranks.threads > 0 ? config.ranks.threads : own;
+  const int could_have = cores.available / node.size();
+  if (node.rank() == 0 &&
+      cores.per_rank < (config.ranks.threads > 0 ? std::min(threads, could_have) : could_have))
+    log::warning(
+        "{}: mpirun binds each rank to {} of {} cores, where it could have {}; start it with --bind-to none, "
+        "or "
+        "give each rank its cores: --map-by slot:PE={}",
+        world.host(), cores.per_rank, cores.available, could_have, could_have);
+  return threads;
+}
+
 }  // namespace
 
 at::ScalarType choose_dtype(const config::RunConfig& config, const model::ModelConfig& model,
@@ -136,8 +154,7 @@ Session open_session(const config::RunConfig& config, int64_t n_microbatches,
     session.stage_blocks = model::balance_stages(model, config.calibration.length, shape.stages, activations);
   });
   session.grid = std::make_unique<comm::Grid>(world, shape);
-  const int n_cores = static_cast<int>(std::thread::hardware_concurrency());
-  session.threads = config.ranks.threads > 0 ? config.ranks.threads : std::max(1, n_cores / n_ranks_on_node);
+  session.threads = choose_threads(config, world, node);
   at::set_num_threads(session.threads);
   log::info("ranks {} = stages {} x replicas {}, threads per rank {}, {} on {}", world.size(), shape.stages,
             shape.replicas, session.threads, c10::toString(session.dtype), session.device.str());
