@@ -3,6 +3,7 @@
 #include <c10/core/GradMode.h>
 
 #include <isobath/core/error.hpp>
+#include <isobath/core/partition.hpp>
 #include <isobath/kernels/cpu.hpp>
 #include <isobath/kernels/linear.hpp>
 
@@ -19,6 +20,10 @@ constexpr int64_t kStepsPerPass = 128;
 
 /// Columns of C whose packed weights (48 KiB) stay in the second-level cache while all rows pass.
 constexpr int64_t kBlockColumns = 4 * kPanel;
+
+/// Tasks for each thread, so that none waits long for the last; a task has at least so many panels of rows,
+/// or packing its weights would count.
+constexpr int64_t kTasksPerThread = 4, kLeastRowPanels = 8;
 
 /// Words of x that are packed at once, where that is more than one pass.
 constexpr int64_t kChunkWords = int64_t{1} << 22;
@@ -61,6 +66,12 @@ void multiply(const at::Tensor& x, const Value* weight, int64_t weight_stride, S
   auto* rows = packed.mutable_data_ptr<float>();
   auto* to = c.mutable_data_ptr<float>();
   const auto steps_of = [&](int64_t pass) { return std::min(kStepsPerPass, n_steps - pass * kStepsPerPass); };
+  // Narrow matrices are cut in rows too.
+  const int64_t n_blocks = ceil_div(n_columns, kBlockColumns), n_threads = at::get_num_threads();
+  const int64_t n_parts = n_threads == 1
+                              ? 1
+                              : std::clamp<int64_t>(kTasksPerThread * n_threads / n_blocks, 1,
+                                                    std::max<int64_t>(1, n_row_panels / kLeastRowPanels));
 
   for (int64_t first_pass = 0; first_pass < n_passes; first_pass += passes_per_chunk) {
     const int64_t end_pass = std::min(n_passes, first_pass + passes_per_chunk);
@@ -71,18 +82,19 @@ void multiply(const at::Tensor& x, const Value* weight, int64_t weight_stride, S
                         std::min(kPanel, n_rows - row), rows + p * kPanelSize);
       }
     });
-    // A block of columns belongs to one thread, which adds the passes in order.
-    at::parallel_for(0, ceil_div(n_columns, kBlockColumns), 1, [&](int64_t begin, int64_t end) {
+    // A part of the rows of a block of columns belongs to one thread, which adds the passes in order.
+    at::parallel_for(0, n_blocks * n_parts, 1, [&](int64_t begin, int64_t end) {
       at::Tensor scratch = at::empty({kBlockColumns / kPanel * kPanelSize}, at::kFloat);
       auto* columns = scratch.mutable_data_ptr<float>();
-      for (int64_t first = begin * kBlockColumns; first < std::min(n_columns, end * kBlockColumns);
-           first += kBlockColumns) {
-        const int64_t last = std::min(n_columns, first + kBlockColumns);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first = task / n_parts * kBlockColumns,
+                      last = std::min(n_columns, first + kBlockColumns);
+        const Range panels = partition(n_row_panels, n_parts, task % n_parts);
         for (int64_t pass = first_pass; pass < end_pass; ++pass) {
           for (int64_t j = first; j < last; j += kPanel)
             pack_weight(weight, weight_stride, side, pass * kStepsPerPass, steps_of(pass), j,
                         std::min(kPanel, n_columns - j), columns + (j - first) * kStepsPerPass);
-          for (int64_t i = 0; i < n_row_panels; ++i)
+          for (int64_t i = panels.begin; i < panels.end; ++i)
             for (int64_t j = first; j < last; j += kPanel)
               avx2::multiply_panels(rows + ((pass - first_pass) * n_row_panels + i) * kPanelSize,
                                     columns + (j - first) * kStepsPerPass, steps_of(pass),

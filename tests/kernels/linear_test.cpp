@@ -53,16 +53,20 @@ TEST(LinearWeights, GiveTheSameBitsInBf16AndWidened) {
   EXPECT_TRUE(at::equal(linear_backward(gradient, weight), linear_backward(gradient, weight.to(at::kFloat))));
 }
 
+// Many blocks of columns, and so few that rows are cut as well.
 TEST(LinearThreads, GiveTheSameBitsOnOneAndThreeThreads) {
   at::manual_seed(23);
-  const at::Tensor x = at::randn({100, 700}), weight = at::randn({300, 700});
   const int before = at::get_num_threads();
-  at::set_num_threads(1);
-  const at::Tensor one = linear_forward(x, weight, {});
-  at::set_num_threads(3);
-  const at::Tensor three = linear_forward(x, weight, {});
-  at::set_num_threads(before);
-  EXPECT_TRUE(at::equal(one, three));
+  for (const auto& [n, d_out] : {std::pair{100, 300}, std::pair{1000, 70}}) {
+    const at::Tensor x = at::randn({n, 700}), weight = at::randn({d_out, 700}),
+                     gradient = at::randn({n, d_out});
+    at::set_num_threads(1);
+    const at::Tensor one = linear_forward(x, weight, {}), back = linear_backward(gradient, weight);
+    at::set_num_threads(3);
+    EXPECT_TRUE(at::equal(linear_forward(x, weight, {}), one)) << n;
+    EXPECT_TRUE(at::equal(linear_backward(gradient, weight), back)) << n;
+    at::set_num_threads(before);
+  }
 }
 
 // at::parallel_for is a header: compiled without OpenMP, or against another runtime than the one whose
