@@ -34,8 +34,8 @@ class Failed(Exception):
     pass
 
 
-def isobath(ranks, threads, weighting):
-    return {"ranks": ranks, "threads": threads, "weighting": weighting}
+def isobath(ranks, threads, weighting, residency="resident"):
+    return {"ranks": ranks, "threads": threads, "weighting": weighting, "residency": residency}
 
 
 def peer(environment, script, *options):
@@ -45,6 +45,7 @@ def peer(environment, script, *options):
 SYSTEMS = {
     "isobath D = 1, 2 ranks of 1 thread": isobath(2, 1, "none"),
     "isobath D = 1, 1 rank of 2 threads": isobath(1, 2, "none"),
+    "isobath D = 1, 1 rank of 2 threads, streamed": isobath(1, 2, "none", "streamed"),
     "isobath with sensitivity, 2 ranks of 1 thread": isobath(2, 1, "sensitivity"),
     "isobath with sensitivity, 1 rank of 2 threads": isobath(1, 2, "sensitivity"),
     "llm-compressor GPTQ": peer("llmcompressor", "peer_llmcompressor.py"),
@@ -126,7 +127,8 @@ def command_of(system, options, bits, checkpoint):
                 "--dtype", options.dtype, *system["options"]]
     config = checkpoint.with_suffix(".yaml")
     config.write_text(json.dumps({
-        "model": options.model, "output": str(checkpoint), "ranks": {"threads": system["threads"]},
+        "model": options.model, "output": str(checkpoint), "residency": system["residency"],
+        "ranks": {"threads": system["threads"]},
         "calibration": {"tokens": options.tokens, "sequences": options.sequences, "length": options.length},
         "sensitivity": {"per_sequence": "off"},
         "quantization": {"bits": bits, "group": options.group, "symmetric": True, "weighting": system["weighting"]}}),

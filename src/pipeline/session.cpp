@@ -107,8 +107,7 @@ int choose_threads(const config::RunConfig& config, const comm::Communicator& wo
       cores.per_rank < (config.ranks.threads > 0 ? std::min(threads, could_have) : could_have))
     log::warning(
         "{}: mpirun binds each rank to {} of {} cores, where it could have {}; start it with --bind-to none, "
-        "or "
-        "give each rank its cores: --map-by slot:PE={}",
+        "or give each rank its cores: --map-by slot:PE={}",
         world.host(), cores.per_rank, cores.available, could_have, could_have);
   return threads;
 }
