@@ -101,7 +101,8 @@ class LargeMatrix {
     const at::Tensor objectives = solver.objectives();
     const quant::QuantizedMatrix matrix = solver.take();
     report("codes", timer.seconds(),
-           plan::solve_rows(static_cast<double>(n_rows), width, quantization, at::get_num_threads()));
+           plan::solve_rows(static_cast<double>(n_rows), width, quantization, static_cast<double>(height),
+                            at::get_num_threads()));
     at::Tensor all = at::zeros({n_tiles}, at::kDouble);
     all.slice(0, tiles.begin, tiles.end).copy_(objectives);
     pipeline::share_disjoint(all, world_);

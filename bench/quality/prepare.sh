@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes what the matrices of bench/quality name, unless it exists: the two models, and for each a token file that calibration
 # samples are drawn from and one for evaluation. Everything comes from installed Python packages (launch/setup.sh test).
-# The small model is trained, EPOCHS passes over 2.6 MB of text (default 3: 15 min on two cores). With WIKITEXT=FOLDER, which holds valid-tokens.txt and
-# wiki.test.raw of WikiText-2, token files of that text are made as well (`wikitext` in the matrices).
+# The small model is trained, EPOCHS passes over 2.6 MB of text (default 3: 15 min on two cores). With WIKITEXT=FOLDER, which
+# holds valid-tokens.txt and wiki.test.raw of WikiText-2, token files of that text are made as well (`wikitext` in the matrices).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python=.venv/bin/python

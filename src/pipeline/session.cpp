@@ -103,8 +103,8 @@ int choose_threads(const config::RunConfig& config, const comm::Communicator& wo
   const int own = std::max(1, world.all_reduce(cores.per_rank, comm::Reduce::min));
   const int threads = config.ranks.threads > 0 ? config.ranks.threads : own;
   const int could_have = cores.available / node.size();
-  if (node.rank() == 0 &&
-      cores.per_rank < (config.ranks.threads > 0 ? std::min(threads, could_have) : could_have))
+  const int wanted = config.ranks.threads > 0 ? std::min(threads, could_have) : could_have;
+  if (node.rank() == 0 && cores.per_rank < wanted)
     log::warning(
         "{}: mpirun binds each rank to {} of {} cores, where it could have {}; start it with --bind-to none, "
         "or give each rank its cores: --map-by slot:PE={}",

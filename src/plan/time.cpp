@@ -1,5 +1,7 @@
 #include <isobath/plan/time.hpp>
 
+#include <isobath/quant/row_solver.hpp>
+
 #include "network.hpp"
 
 namespace isobath::plan {
@@ -168,9 +170,10 @@ class BlockTime {
       // Each row group's tiles are shared by all ranks.
       const double group_rows = std::ceil(n_rows / groups);
       const double mine = groups * job_.largest_row_share(group_rows);
+      const auto height = static_cast<double>(quant::tile_rows(static_cast<int64_t>(group_rows)));
       const double element = job_.shapes.element_bytes;
       if (job_.uses_covariance()) {
-        rows_ += time(solve_rows(mine, d, q, threads) + Work{.host_link_bytes = element * mine * d});
+        rows_ += time(solve_rows(mine, d, q, height, threads) + Work{.host_link_bytes = element * mine * d});
         codes_ += all_reduce_s(job_, n_rows * d * (1 + (element + 1) / group_columns(d)));
         objective_ += time(score(mine, d, q, threads, job_.refines() || job_.is_asymmetric()));
         if (job_.refines()) refinement_ += time(refine_rows(mine, d, q, threads));

@@ -52,11 +52,9 @@ double whole_tiles(double n_rows) {
   return std::ceil(n_rows / kTileRows);
 }
 
-/// Share of the rows that the busiest thread has, of tiles as quant::RowSolver cuts them.
-double busiest_share(double n_rows, double threads) {
-  const double tiles =
-      std::ceil(n_rows / static_cast<double>(quant::tile_rows(static_cast<int64_t>(n_rows))));
-  return std::ceil(tiles / threads) / tiles;
+/// Rows of the busiest thread, whole tiles of `height`.
+double busiest_rows(double n_rows, double height, double threads) {
+  return height * std::ceil(std::ceil(n_rows / height) / threads);
 }
 
 struct Linear {
@@ -359,8 +357,9 @@ double candidate_grids(int bits, bool symmetric, bool clip_search) {
                    : (octaves * per_octave + 3) * kZeros + 1 + kRounds * 4;
 }
 
-Work solve_rows(double n_rows, double d, const config::Quantization& q, double threads) {
-  const double rows = kTileRows * whole_tiles(n_rows), busiest = rows * busiest_share(n_rows, threads);
+Work solve_rows(double n_rows, double d, const config::Quantization& q, double height, double threads) {
+  const double rows = kTileRows * whole_tiles(n_rows),
+               busiest = std::min(rows, busiest_rows(n_rows, height, threads));
   return {.thin_flops = rows * d * std::max(0.0, d - kColumnBlock),
           .column_flops = busiest * d * kColumnBlock,
           .candidates = busiest * d * candidate_grids(q.bits, q.symmetric, q.clip_search),
@@ -373,7 +372,7 @@ Work refine_rows(double n_rows, double d, const config::Quantization& q, double 
   // Products of a group's own H: one, and two for each zero point tried.
   const double own = q.symmetric ? 3 : 7;
   return {.thin_flops = 2 * rows * d * (d + sweeps * (2 * d + own * width)),
-          .column_flops = sweeps * rows * busiest_share(n_rows, threads) * d * kColumnBlock,
+          .column_flops = sweeps * busiest_rows(n_rows, kTileRows, threads) * d * kColumnBlock,
           .host_traffic_bytes = 32 * rows * d};
 }
 

@@ -52,7 +52,7 @@ TEST_F(Cores, AreThoseThatEachRankIsBoundTo) {
 }
 
 TEST_F(Cores, OfTheRankThatHasLeastCount) {
-  // The first rank is bound to one core, the others may use all, and so its too.
+  // The first rank is bound to a core that the others may use as well.
   if (world().rank() == 0) bind_to(cores_[0]);
   const NodeCores found = cores_of(world().node());
   EXPECT_EQ(found.usable, world().size() == 1 ? 1 : n());

@@ -121,15 +121,17 @@ TEST(Work, SolverByHand) {
   config::Quantization quantization;
   quantization.clip_search = false;
   // 70 rows are two tiles of 64; the last 128 of 256 columns are reached by the product.
-  const Work rows = solve_rows(70, 256, quantization, 1);
+  const Work rows = solve_rows(70, 256, quantization, 64, 1);
   EXPECT_EQ(rows.thin_flops, 128.0 * 256 * 128);
   EXPECT_EQ(rows.column_flops, 128.0 * 256 * 128);
   EXPECT_EQ(rows.candidates, 128.0 * 256);
   // Four tiles on three threads: one of them has two. Products are counted whole.
-  const Work shared = solve_rows(256, 256, quantization, 3);
+  const Work shared = solve_rows(256, 256, quantization, 64, 3);
   EXPECT_EQ(shared.thin_flops, 256.0 * 256 * 128);
   EXPECT_EQ(shared.column_flops, 128.0 * 256 * 128);
   EXPECT_EQ(shared.candidates, 128.0 * 256);
+  // One tile of 256 rows is one thread's.
+  EXPECT_EQ(solve_rows(256, 256, quantization, 256, 3).candidates, 256.0 * 256);
   // A product with the factor's panel, of every row; with H too when the codes changed.
   EXPECT_EQ(score(10, 16, quantization, 4, false).thin_flops, 2 * 10 * 16 * 16);
   EXPECT_EQ(score(10, 16, quantization, 4, true).thin_flops, 2 * 2 * 10 * 16 * 16);

@@ -106,13 +106,14 @@ struct Shapes {
 [[nodiscard]] Work damped_hessian(double d);
 
 /// quant::gptq of `n_rows` rows (whole tiles of 64): n d² thin; 128 n d in the column loop and the clip
-/// search as the busiest of `threads` threads has them.
+/// search as the busiest of `threads` threads has them, which share tiles of `height` rows.
 [[nodiscard]] Work solve_rows(double n_rows, double d, const config::Quantization& quantization,
-                              double threads);
+                              double height, double threads);
 
 /// quant::refine of `n_rows` rows (whole tiles): 2 n d² thin flops to start; a sweep moves codes (2 n d², and
 /// 128 n d in the column loop) and grids (2 n d², and the products with each group's own H). All sweeps are
-/// counted: they end earlier when nothing moves. The column loop as in solve_rows.
+/// counted: they end earlier when nothing moves. The column loop is that of the busiest
+/// of `threads` threads, which share tiles of 64.
 [[nodiscard]] Work refine_rows(double n_rows, double d, const config::Quantization& quantization,
                                double threads);
 
