@@ -78,6 +78,7 @@ std::string plan_json(const config::RunConfig& config, const plan::Plan& plan) {
                     {"ranks", plan.cluster.n_ranks()},
                     {"stages", plan.stages},
                     {"replicas", plan.replicas},
+                    {"residency", plan.residency},
                     {"microbatch", config.calibration.microbatch},
                     {"proposed_microbatch", plan.proposed_microbatch},
                     {"compute_dtype", plan.computes_bf16 ? "bfloat16" : "float32"},

@@ -82,9 +82,9 @@ std::string plan_text(const config::RunConfig& config, const plan::Plan& plan) {
                       config.calibration.sequences, config.calibration.length, config.calibration.microbatch,
                       plan.segments, plan.segments == 1 ? "" : "s");
   text += fmt::format(
-      "proposal: --set ranks.stages={} --set ranks.replicas={} --set calibration.microbatch={}\n\nmemory of "
-      "a rank at its peak, GiB\n",
-      plan.stages, plan.replicas, plan.proposed_microbatch);
+      "proposal: --set ranks.stages={} --set ranks.replicas={} --set residency={} --set "
+      "calibration.microbatch={}\n\nmemory of a rank at its peak, GiB\n",
+      plan.stages, plan.replicas, plan.residency, plan.proposed_microbatch);
   text += memory_table("measure", plan, plan.measure_memory);
   text += memory_table("quantize", plan, plan.quantize_memory);
   text += memory_table("evaluate", plan, plan.evaluate_memory);

@@ -40,9 +40,11 @@ void add_run_keys(Table& t) {
       "Precision of activations and weights in compute; auto takes the checkpoint's where the device is fast "
       "in it.");
   t.word(
-      "residency", [](auto& c) -> auto& { return c.residency; }, {"resident", "streamed"},
+      "residency", [](auto& c) -> auto& { return c.residency; }, {"auto", "resident", "streamed"},
       "Where weights stay during a run: resident keeps a stage's blocks in memory; streamed reads each block "
-      "when its turn comes, for models larger than memory, with the same result.");
+      "when its turn comes, for models larger than memory; auto streams where a stage's blocks would take "
+      "more "
+      "than half of the memory that its rank has. The result is the same.");
   t.word(
       "format", [](auto& c) -> auto& { return c.format; }, {"compressed-tensors"},
       "Format of the quantized checkpoint.", " (the only format of this version)");
@@ -54,7 +56,8 @@ void add_run_keys(Table& t) {
       "Copies of the pipeline that work on different sequences.");
   t.integer_or_auto(
       "ranks.threads", [](auto& c) -> auto& { return c.ranks.threads; }, 4096, "threads per rank",
-      "Threads of a rank; auto takes one for each core that the rank may use alone. Part of the fingerprint.");
+      "Threads of a rank; auto takes one for each core that the rank may use alone. Part of the "
+      "fingerprint.");
   t.word(
       "ranks.device", [](auto& c) -> auto& { return c.ranks.device; }, {"auto", "cpu", "cuda"},
       "Where a rank computes; auto takes CUDA where the build and the machine have it.");

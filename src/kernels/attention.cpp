@@ -116,19 +116,45 @@ AttentionGradients backward_as(const Problem& problem, const AttentionSpec& spec
       dv(result.v, spec.n_kv_heads, spec.head_dim);
   const float* log_sums = forward.log_sums.const_data_ptr<float>();
 
-  // One task a kv head: its gradients sum over its query heads in their order.
-  at::parallel_for(0, problem.n_sequences * problem.n_kv_heads, 1, [&](int64_t begin, int64_t end) {
-    typename Kernel::Backward backward(problem.shape, problem.angles);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t sequence = i / problem.n_kv_heads, kv_head = i % problem.n_kv_heads;
-      backward.start(keys.rows(sequence, kv_head), values.rows(sequence, kv_head));
-      for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
-        backward.add(
-            queries.rows(sequence, head), outputs.rows(sequence, head), gradients.rows(sequence, head),
-            log_sums + (sequence * problem.n_heads + head) * q.size(1), dq.mutable_rows(sequence, head));
-      backward.finish(dk.mutable_rows(sequence, kv_head), dv.mutable_rows(sequence, kv_head));
-    }
-  });
+  // One task a query head, more than there are kv heads; a kv head's gradients are the sum of its query
+  // heads' in their order.
+  const HeadShape shape = problem.shape;
+  const int64_t n_gradients = Kernel::Backward::n_gradients(shape);
+  std::vector<std::unique_ptr<const typename Kernel::BackwardKeys>> prepared(problem.n_kv_heads);
+  std::vector<std::vector<float>> shares(2 * problem.n_heads);  // of keys, of values; head by head
+  for (int64_t sequence = 0; sequence < problem.n_sequences; ++sequence) {
+    at::parallel_for(0, problem.n_kv_heads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t head = begin; head < end; ++head)
+        prepared[head] = std::make_unique<const typename Kernel::BackwardKeys>(
+            shape, problem.angles, keys.rows(sequence, head), values.rows(sequence, head));
+    });
+    at::parallel_for(0, problem.n_heads, 1, [&](int64_t begin, int64_t end) {
+      typename Kernel::Backward backward(shape, problem.angles);
+      for (int64_t head = begin; head < end; ++head) {
+        std::vector<float>&of_keys = shares[2 * head], &of_values = shares[2 * head + 1];
+        of_keys.assign(n_gradients, 0.0F);
+        of_values.assign(n_gradients, 0.0F);
+        backward.add(queries.rows(sequence, head), *prepared[head / group], outputs.rows(sequence, head),
+                     gradients.rows(sequence, head),
+                     log_sums + (sequence * problem.n_heads + head) * q.size(1),
+                     dq.mutable_rows(sequence, head), of_keys.data(), of_values.data());
+      }
+    });
+    at::parallel_for(0, problem.n_kv_heads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t kv_head = begin; kv_head < end; ++kv_head) {
+        const int64_t first = kv_head * group;
+        for (int64_t head = first + 1; head < first + group; ++head)
+          for (int64_t part = 0; part < 2; ++part) {
+            float* const sum = shares[2 * first + part].data();
+            const float* const share = shares[2 * head + part].data();
+            for (int64_t i = 0; i < n_gradients; ++i) sum[i] += share[i];
+          }
+        Kernel::Backward::finish(shape, problem.angles, shares[2 * first].data(),
+                                 shares[2 * first + 1].data(), dk.mutable_rows(sequence, kv_head),
+                                 dv.mutable_rows(sequence, kv_head));
+      }
+    });
+  }
   return result;
 }
 

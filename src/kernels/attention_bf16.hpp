@@ -1,15 +1,15 @@
 #pragma once
 #include <c10/util/BFloat16.h>
 
-#include <algorithm>
 #include <vector>
 
 #include "avx512/attention.hpp"
 
 namespace isobath::kernels {
 
-/// Attention of bf16 heads by `avx512`, as `attention.cpp` calls it: Keys of one kv head, one query head
-/// forward, the query heads of one kv head backward.
+/// Attention of bf16 heads by `avx512`, as `attention.cpp` calls it: Keys and BackwardKeys of one kv head,
+/// one query head forward and backward. Backward adds to a query head's share of its kv head's gradients, f32
+/// [padded tokens, head_dim], which `finish` rotates back and rounds.
 struct Bf16Attention {
   using Scalar = c10::BFloat16;
   using Value = uint16_t;
@@ -59,6 +59,16 @@ struct Bf16Attention {
     std::vector<uint16_t> scratch_bf16_;
   };
 
+  struct BackwardKeys {
+    BackwardKeys(HeadShape shape, Angles angles, Rows<const uint16_t> k, Rows<const uint16_t> v) {
+      const std::vector<uint16_t> key_rows = gathered(shape, k, angles);
+      key_channels = channel_pairs(shape, key_rows);
+      key_tokens = token_pairs(shape, key_rows);
+      value_channels = channel_pairs(shape, gathered(shape, v, {}));
+    }
+    Pairs key_channels, key_tokens, value_channels;
+  };
+
   class Backward {
    public:
     Backward(HeadShape shape, Angles angles)
@@ -66,19 +76,13 @@ struct Bf16Attention {
           angles_(angles),
           scratch_(avx512::backward_scratch(shape)),
           deltas_(avx512::padded_length(shape.n_tokens)),
-          query_gradients_(deltas_.size() * shape.head_dim),
-          key_gradients_(query_gradients_.size()),
-          value_gradients_(query_gradients_.size()) {}
-    void start(Rows<const uint16_t> k, Rows<const uint16_t> v) {
-      const std::vector<uint16_t> key_rows = gathered(shape_, k, angles_);
-      key_channels_ = channel_pairs(shape_, key_rows);
-      key_tokens_ = token_pairs(shape_, key_rows);
-      value_channels_ = channel_pairs(shape_, gathered(shape_, v, {}));
-      std::fill(key_gradients_.begin(), key_gradients_.end(), 0.0F);
-      std::fill(value_gradients_.begin(), value_gradients_.end(), 0.0F);
+          query_gradients_(n_gradients(shape)) {}
+    static int64_t n_gradients(HeadShape shape) {
+      return avx512::padded_length(shape.n_tokens) * shape.head_dim;
     }
-    void add(Rows<const uint16_t> q, Rows<const uint16_t> out, Rows<const uint16_t> gradient,
-             const float* log_sums, Rows<uint16_t> dq) {
+    void add(Rows<const uint16_t> q, const BackwardKeys& keys, Rows<const uint16_t> out,
+             Rows<const uint16_t> gradient, const float* log_sums, Rows<uint16_t> dq, float* key_gradients,
+             float* value_gradients) {
       const std::vector<uint16_t> query_rows = gathered(shape_, q, angles_);
       const std::vector<uint16_t> gradient_rows = gathered(shape_, gradient, {});
       const Pairs query_tokens = token_pairs(shape_, query_rows),
@@ -87,27 +91,26 @@ struct Bf16Attention {
       avx512::attend_backward(shape_,
                               {.queries = query_rows.data(),
                                .query_tokens = query_tokens.data(),
-                               .key_channels = key_channels_.data(),
-                               .key_tokens = key_tokens_.data(),
-                               .value_channels = value_channels_.data(),
+                               .key_channels = keys.key_channels.data(),
+                               .key_tokens = keys.key_tokens.data(),
+                               .value_channels = keys.value_channels.data(),
                                .gradients = gradient_rows.data(),
                                .gradient_tokens = gradient_tokens.data(),
                                .log_sums = log_sums,
                                .deltas = deltas_.data()},
-                              query_gradients_.data(), key_gradients_.data(), value_gradients_.data(),
-                              scratch_.data());
+                              query_gradients_.data(), key_gradients, value_gradients, scratch_.data());
       avx512::scatter_rows(shape_, query_gradients_.data(), angles_, dq);
     }
-    void finish(Rows<uint16_t> dk, Rows<uint16_t> dv) {
-      avx512::scatter_rows(shape_, key_gradients_.data(), angles_, dk);
-      avx512::scatter_rows(shape_, value_gradients_.data(), {}, dv);
+    static void finish(HeadShape shape, Angles angles, const float* key_gradients,
+                       const float* value_gradients, Rows<uint16_t> dk, Rows<uint16_t> dv) {
+      avx512::scatter_rows(shape, key_gradients, angles, dk);
+      avx512::scatter_rows(shape, value_gradients, {}, dv);
     }
 
    private:
     HeadShape shape_;
     Angles angles_;
-    std::vector<float> scratch_, deltas_, query_gradients_, key_gradients_, value_gradients_;
-    Pairs key_channels_, key_tokens_, value_channels_;
+    std::vector<float> scratch_, deltas_, query_gradients_;
   };
 };
 

@@ -1,5 +1,4 @@
 #pragma once
-#include <algorithm>
 #include <vector>
 
 #include "avx2/attention.hpp"
@@ -46,6 +45,14 @@ struct F32Attention {
     Floats scratch_;
   };
 
+  struct BackwardKeys {
+    BackwardKeys(HeadShape shape, Angles angles, Rows<const float> k, Rows<const float> v)
+        : key_rows(gathered(shape, k, angles)),
+          packed_keys(packed(shape, key_rows)),
+          packed_values(packed(shape, gathered(shape, v, {}))) {}
+    Floats key_rows, packed_keys, packed_values;
+  };
+
   class Backward {
    public:
     Backward(HeadShape shape, Angles angles)
@@ -53,42 +60,35 @@ struct F32Attention {
           angles_(angles),
           scratch_(avx2::attention_scratch(shape)),
           deltas_(shape.n_tokens),
-          query_gradients_(avx2::padded_length(shape.n_tokens) * shape.head_dim),
-          key_gradients_(query_gradients_.size()),
-          value_gradients_(query_gradients_.size()) {}
-    void start(Rows<const float> k, Rows<const float> v) {
-      key_rows_ = gathered(shape_, k, angles_);
-      packed_keys_ = packed(shape_, key_rows_);
-      packed_values_ = packed(shape_, gathered(shape_, v, {}));
-      std::fill(key_gradients_.begin(), key_gradients_.end(), 0.0F);
-      std::fill(value_gradients_.begin(), value_gradients_.end(), 0.0F);
+          query_gradients_(n_gradients(shape)) {}
+    static int64_t n_gradients(HeadShape shape) {
+      return avx2::padded_length(shape.n_tokens) * shape.head_dim;
     }
-    void add(Rows<const float> q, Rows<const float> out, Rows<const float> gradient, const float* log_sums,
-             Rows<float> dq) {
+    void add(Rows<const float> q, const BackwardKeys& keys, Rows<const float> out, Rows<const float> gradient,
+             const float* log_sums, Rows<float> dq, float* key_gradients, float* value_gradients) {
       const Floats query_rows = gathered(shape_, q, angles_), gradient_rows = gathered(shape_, gradient, {});
       avx2::dot_rows(shape_, out, gradient, deltas_.data());
       avx2::attend_backward(shape_,
                             {.queries = query_rows.data(),
                              .gradients = gradient_rows.data(),
-                             .keys = key_rows_.data(),
-                             .packed_keys = packed_keys_.data(),
-                             .packed_values = packed_values_.data(),
+                             .keys = keys.key_rows.data(),
+                             .packed_keys = keys.packed_keys.data(),
+                             .packed_values = keys.packed_values.data(),
                              .log_sums = log_sums,
                              .deltas = deltas_.data()},
-                            query_gradients_.data(), key_gradients_.data(), value_gradients_.data(),
-                            scratch_.data());
+                            query_gradients_.data(), key_gradients, value_gradients, scratch_.data());
       avx2::scatter_rows(shape_, query_gradients_.data(), angles_, dq);
     }
-    void finish(Rows<float> dk, Rows<float> dv) {
-      avx2::scatter_rows(shape_, key_gradients_.data(), angles_, dk);
-      avx2::scatter_rows(shape_, value_gradients_.data(), {}, dv);
+    static void finish(HeadShape shape, Angles angles, const float* key_gradients,
+                       const float* value_gradients, Rows<float> dk, Rows<float> dv) {
+      avx2::scatter_rows(shape, key_gradients, angles, dk);
+      avx2::scatter_rows(shape, value_gradients, {}, dv);
     }
 
    private:
     HeadShape shape_;
     Angles angles_;
-    Floats scratch_, deltas_, query_gradients_, key_gradients_, value_gradients_;
-    Floats key_rows_, packed_keys_, packed_values_;
+    Floats scratch_, deltas_, query_gradients_;
   };
 };
 

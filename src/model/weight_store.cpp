@@ -2,6 +2,7 @@
 
 #include <future>
 #include <isobath/core/error.hpp>
+#include <isobath/core/host_memory.hpp>
 #include <isobath/core/trace.hpp>
 #include <isobath/model/weight_store.hpp>
 #include <map>
@@ -59,6 +60,8 @@ BlockWeights WeightStore::block(int64_t block) const {
     return found->second;
   }
   const trace::Span span("wait for weights from disk", block);
+  // A block that came while another was in work leaves a hole in the heap when it goes.
+  return_free_memory();
   if (state_->ahead != block) return state_->checkpoint->read_block(block, state_->dtype, state_->device);
   state_->ahead = -1;
   return state_->reading.get();

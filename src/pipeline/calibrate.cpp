@@ -8,6 +8,7 @@
 
 #include <fstream>
 #include <isobath/comm/cores.hpp>
+#include <isobath/core/host_memory.hpp>
 #include <isobath/core/log.hpp>
 #include <isobath/core/timer.hpp>
 #include <isobath/formats/packing.hpp>
@@ -44,8 +45,7 @@ class Calibration {
     cluster_.name = world.host();
     cluster_.host.threads = std::max(1, comm::cores_of(node_).per_rank);
     at::set_num_threads(static_cast<int>(cluster_.host.threads));
-    cluster_.memory.node_gib =
-        static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGE_SIZE)) / kGiB;
+    cluster_.memory.node_gib = static_cast<double>(host_memory_bytes()) / kGiB;
   }
 
   plan::Cluster measure() {

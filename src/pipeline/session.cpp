@@ -1,11 +1,10 @@
 #include <isobath/pipeline/session.hpp>
 
 #include <ATen/Parallel.h>
-#include <unistd.h>
-
 #include <isobath/comm/cores.hpp>
 #include <isobath/comm/device_communicator.hpp>
 #include <isobath/core/digest.hpp>
+#include <isobath/core/host_memory.hpp>
 #include <isobath/core/log.hpp>
 #include <isobath/formats/compressed_tensors.hpp>
 #include <isobath/kernels/cpu.hpp>
@@ -21,11 +20,6 @@ namespace {
 // cache.
 constexpr double kWeightShareOfMemory = 0.5;
 
-int64_t host_memory_bytes() {
-  const long pages = sysconf(_SC_PHYS_PAGES), page_size = sysconf(_SC_PAGE_SIZE);
-  return pages > 0 && page_size > 0 ? static_cast<int64_t>(pages) * page_size : 0;
-}
-
 // Every x86 CPU with AMX has AVX-512 bf16 too.
 bool has_bfloat16_instructions() {
 #if defined(__x86_64__)
@@ -37,6 +31,7 @@ bool has_bfloat16_instructions() {
 
 std::vector<StageCost> stage_costs(const model::ModelConfig& model, int64_t length,
                                    const model::Activations& activations, int n_ranks) {
+  // Weights are computed with in the dtype of the activations.
   int64_t block_parameters = 2 * model.d_model;
   for (int p = 0; p < model::kProjections; ++p) {
     const auto shape = model::module_shape(model, static_cast<model::Projection>(p));
@@ -51,48 +46,13 @@ std::vector<StageCost> stage_costs(const model::ModelConfig& model, int64_t leng
       const int64_t n = ranges[static_cast<size_t>(s)].size();
       const int n_ends = (s == 0) + (s + 1 == stages);
       const double time = model::stage_cost(model, cost, activations, s, stages, n);
-      const int64_t bytes = 2 * (n * block_parameters + n_ends * model.vocab_size * model.d_model);
+      const int64_t bytes =
+          activations.element_size * (n * block_parameters + n_ends * model.vocab_size * model.d_model);
       worst = {std::max(worst.time, time), std::max(worst.weight_bytes, bytes)};
     }
     costs.push_back(worst);
   }
   return costs;
-}
-
-comm::GridShape choose_shape(const config::RunConfig& config, const model::ModelConfig& model,
-                             const model::Activations& activations, int64_t n_microbatches, int n_ranks,
-                             int n_ranks_on_node) {
-  const config::Ranks& ranks = config.ranks;
-  int stages = ranks.stages, replicas = ranks.replicas;
-  // With streamed weights one stage works at a time: all ranks are to be in it.
-  if (stages == 0 && config.residency == "streamed") stages = 1;
-  if (stages == 0 && replicas == 0) {
-    const auto bytes = static_cast<int64_t>(kWeightShareOfMemory * static_cast<double>(host_memory_bytes()) /
-                                            n_ranks_on_node);
-    const GridChoice choice = choose_grid(
-        n_ranks, n_microbatches, stage_costs(model, config.calibration.length, activations, n_ranks), bytes);
-    if (choice.stages == 0)
-      fail<ConfigError>(
-          "the model's weights do not fit {} ranks with {:.1f} GiB for weights each; use more nodes, or "
-          "residency: streamed, which reads each block when its turn comes",
-          n_ranks, static_cast<double>(bytes) / (1 << 30));
-    stages = choice.stages;
-    replicas = choice.replicas;
-  } else if (stages == 0) {
-    stages = n_ranks / replicas;
-  } else if (replicas == 0) {
-    replicas = n_ranks / stages;
-  }
-  if (stages * replicas != n_ranks) {
-    const auto configured = [](int n) { return n == 0 ? std::string("auto") : std::to_string(n); };
-    fail<ConfigError>(
-        "ranks.stages = {} times ranks.replicas = {} must equal the {} of this job; set one of them to auto, "
-        "or start it with mpirun -n {}",
-        configured(ranks.stages), configured(ranks.replicas),
-        n_ranks == 1 ? "1 rank" : fmt::format("{} ranks", n_ranks),
-        std::max(1, stages) * std::max(1, replicas));
-  }
-  return {stages, replicas};
 }
 
 /// Threads of every rank: as many as the rank with the fewest cores has cores. Warns where mpirun binds ranks
@@ -141,22 +101,29 @@ Session open_session(const config::RunConfig& config, int64_t n_microbatches,
   Session session;
   session.config = config;
   const comm::Communicator node = world.node();
-  const int n_ranks_on_node = node.size();
+  // Every rank chooses the same.
+  const int64_t bytes_per_rank = world.all_reduce(
+      static_cast<int64_t>(kWeightShareOfMemory * static_cast<double>(host_memory_bytes()) / node.size()),
+      comm::Reduce::min);
   comm::GridShape shape;
   world.agree_on([&] {
     session.source = std::make_shared<const model::CheckpointReader>(config.model);
     const model::ModelConfig& model = session.source->config();
     session.device = comm::select_device(config.ranks.device, node);
     session.dtype = choose_dtype(config, model, session.device);
-    const model::Activations activations = kept_activations(config, session.dtype);
-    shape = choose_shape(config, model, activations, n_microbatches, world.size(), n_ranks_on_node);
-    session.stage_blocks = model::balance_stages(model, config.calibration.length, shape.stages, activations);
+    shape = choose_shape(
+        session.config,
+        stage_costs(model, config.calibration.length, kept_activations(config, session.dtype), world.size()),
+        n_microbatches, world.size(), bytes_per_rank);
+    session.stage_blocks = model::balance_stages(model, config.calibration.length, shape.stages,
+                                                 kept_activations(session.config, session.dtype));
   });
   session.grid = std::make_unique<comm::Grid>(world, shape);
   session.threads = choose_threads(config, world, node);
   at::set_num_threads(session.threads);
-  log::info("ranks {} = stages {} x replicas {}, threads per rank {}, {} on {}", world.size(), shape.stages,
-            shape.replicas, session.threads, c10::toString(session.dtype), session.device.str());
+  log::info("ranks {} = stages {} x replicas {}, threads per rank {}, {} on {}{}", world.size(), shape.stages,
+            shape.replicas, session.threads, c10::toString(session.dtype), session.device.str(),
+            session.is_streamed() ? ", weights streamed" : "");
   return session;
 }
 

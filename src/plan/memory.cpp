@@ -44,12 +44,15 @@ double backward_bytes(const Job& job, double n_tokens) {
   const Shapes& s = job.shapes;
   const double e = s.element_bytes;
   const double states = 4 * e * s.d;  // the gradient at three places, and a norm's output
-  // The gate's gradient, in f32 by ATen with six temporaries; attention's gradients and the pairs of its
-  // kernel, by ATen the rotated and transposed copies and the gradients of all of them.
+  // The gate's gradient, in f32 by ATen with six temporaries; attention's gradients, the pairs of its kernel
+  // and each query head's share of its keys' gradients in f32, one sequence's, by ATen the rotated and
+  // transposed copies and the gradients of all of them.
   const double gate = (s.has_kernels ? e : e + 24) * s.f;
-  const double attention = e * (s.has_kernels ? 2 * s.d_query + 4 * s.d_key : 6 * s.d_query + 8 * s.d_key);
+  const double attention =
+      n_tokens * e * (s.has_kernels ? 2 * s.d_query + 4 * s.d_key : 6 * s.d_query + 8 * s.d_key) +
+      (s.has_kernels ? job.length() * 8 * s.d_query : 0);
   const double statistics = 8 * s.f + 4 * s.d;  // of one sequence: x to f32, squared; G to f32
-  return n_tokens * (states + 2 * e * s.f + std::max(gate, attention)) + job.length() * statistics;
+  return n_tokens * (states + 2 * e * s.f) + std::max(n_tokens * gate, attention) + job.length() * statistics;
 }
 
 /// Logits of one chunk of the loss, probabilities, p − y; by ATen in f32 with two temporaries, and with

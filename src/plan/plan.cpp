@@ -2,6 +2,8 @@
 
 #include <isobath/core/error.hpp>
 #include <isobath/quant/factor.hpp>
+#include <limits>
+#include <optional>
 
 namespace isobath::plan {
 namespace {
@@ -31,6 +33,17 @@ std::vector<GridShape> possible_grids(const config::RunConfig& config, const mod
     grids.push_back({static_cast<int>(stages), static_cast<int>(replicas)});
   }
   return grids;
+}
+
+/// The residencies that `config` allows, the one that a run prefers first.
+std::vector<std::string> possible_residencies(const config::RunConfig& config) {
+  if (config.residency == "auto") return {"resident", "streamed"};
+  return {config.residency};
+}
+
+config::RunConfig with_residency(config::RunConfig config, const std::string& residency) {
+  config.residency = residency;
+  return config;
 }
 
 double total_s(const Job& job) {
@@ -123,14 +136,30 @@ void advise(const config::RunConfig& config, const model::ModelConfig& model, co
         saving([](config::RunConfig& other) { other.checkpoint.every_blocks = 8; }));
 }
 
+/// The grid on which the run is fastest, of those that fit; nothing where none does.
+std::optional<GridShape> fastest_grid(const config::RunConfig& config, const model::ModelConfig& model,
+                                      const Cluster& cluster) {
+  double fastest = std::numeric_limits<double>::infinity();
+  std::optional<GridShape> best;
+  for (const GridShape& grid : possible_grids(config, model, cluster.n_ranks())) {
+    const Job job(config, model, cluster, grid.stages, grid.replicas);
+    if (!fits(memory_need(job), cluster)) continue;
+    const double time = total_s(job);
+    if (time >= fastest) continue;
+    fastest = time;
+    best = grid;
+  }
+  return best;
+}
+
 [[noreturn]] void refuse(const config::RunConfig& config, const model::ModelConfig& model,
-                         const Cluster& cluster, const std::vector<GridShape>& grids) {
+                         const Cluster& cluster, const config::RunConfig& leanest) {
   // The grid that comes nearest, by the worst ratio of what it needs to what there is.
   double nearest = std::numeric_limits<double>::infinity();
   GridShape best{};
   MemoryNeed best_need;
-  for (const GridShape& grid : grids) {
-    const MemoryNeed need = memory_need(Job(config, model, cluster, grid.stages, grid.replicas));
+  for (const GridShape& grid : possible_grids(leanest, model, cluster.n_ranks())) {
+    const MemoryNeed need = memory_need(Job(leanest, model, cluster, grid.stages, grid.replicas));
     const double ratio =
         std::max(need.node_bytes / (cluster.memory.node_gib * kGiB),
                  cluster.has_devices() ? need.device_bytes / (cluster.memory.device_gib * kGiB) : 0);
@@ -152,10 +181,9 @@ void advise(const config::RunConfig& config, const model::ModelConfig& model, co
   lacks("node", best_need.node_bytes, best_need.node_stage, cluster.memory.node_gib);
   config::RunConfig any_grid = config;
   any_grid.ranks.stages = any_grid.ranks.replicas = 0;
-  config::RunConfig streamed = any_grid;
-  streamed.residency = "streamed";
   const bool fits_streamed =
-      config.residency != "streamed" && smallest_cluster(streamed, model, cluster, cluster.nodes) > 0;
+      config.residency == "resident" &&
+      smallest_cluster(with_residency(any_grid, "streamed"), model, cluster, cluster.nodes) > 0;
   const int64_t nodes = smallest_cluster(any_grid, model, cluster, kMostNodes);
   const std::string more_nodes = nodes > 0
                                      ? fmt::format("{} node{} ({} ranks) of this kind", nodes,
@@ -189,6 +217,7 @@ Plan plan_of(const config::RunConfig& config, const model::ModelConfig& model, c
   Plan plan{.cluster = cluster,
             .stages = stages,
             .replicas = replicas,
+            .residency = config.residency,
             .computes_bf16 = job.computes_bf16,
             .blocks = job.layout.blocks,
             .segments = job.layout.segments,
@@ -225,35 +254,34 @@ std::string too_wide_to_hold(const config::RunConfig& config, const model::Model
 Plan make_plan(const config::RunConfig& config, const model::ModelConfig& model, const Cluster& cluster) {
   if (const std::string lines = too_wide_to_hold(config, model); !lines.empty())
     fail<ConfigError>("the configuration does not fit the model:{}", lines);
-  const std::vector<GridShape> grids = possible_grids(config, model, cluster.n_ranks());
-  if (grids.empty())
+  if (possible_grids(config, model, cluster.n_ranks()).empty())
     fail<ConfigError>(
         "no stages x replicas make {} ranks with ranks.stages = {}, ranks.replicas = {} (0: auto) and {} "
         "blocks; "
         "use auto, or another number of ranks",
         cluster.n_ranks(), config.ranks.stages, config.ranks.replicas, model.n_blocks);
-  double fastest = std::numeric_limits<double>::infinity();
-  GridShape best{};
-  for (const GridShape& grid : grids) {
-    const Job job(config, model, cluster, grid.stages, grid.replicas);
-    if (!fits(memory_need(job), cluster)) continue;
-    const double time = total_s(job);
-    if (time >= fastest) continue;
-    fastest = time;
-    best = grid;
+  config::RunConfig chosen;
+  for (const std::string& residency : possible_residencies(config)) {
+    chosen = with_residency(config, residency);
+    const std::optional<GridShape> grid = fastest_grid(chosen, model, cluster);
+    if (!grid) continue;
+    Plan plan = plan_of(chosen, model, cluster, grid->stages, grid->replicas);
+    advise(chosen, model, cluster, plan);
+    return plan;
   }
-  if (best.stages == 0) refuse(config, model, cluster, grids);
-  Plan plan = plan_of(config, model, cluster, best.stages, best.replicas);
-  advise(config, model, cluster, plan);
-  return plan;
+  // The residency that takes the least memory came last.
+  refuse(config, model, cluster, chosen);
 }
 
 int64_t smallest_cluster(const config::RunConfig& config, const model::ModelConfig& model,
                          const Cluster& cluster, int64_t most) {
   for (int64_t nodes = 1; nodes <= most; ++nodes) {
     const Cluster larger = with_ranks(cluster, nodes * cluster.ranks_per_node);
-    for (const GridShape& grid : possible_grids(config, model, larger.n_ranks()))
-      if (fits(memory_need(Job(config, model, larger, grid.stages, grid.replicas)), larger)) return nodes;
+    for (const std::string& residency : possible_residencies(config)) {
+      const config::RunConfig chosen = with_residency(config, residency);
+      for (const GridShape& grid : possible_grids(chosen, model, larger.n_ranks()))
+        if (fits(memory_need(Job(chosen, model, larger, grid.stages, grid.replicas)), larger)) return nodes;
+    }
   }
   return 0;
 }

@@ -219,7 +219,7 @@ INSTANTIATE_TEST_SUITE_P(
         BadValue{"sensitivity.exponent", "4.5", "expected number at least 0 and at most 4, found 4.5"},
         BadValue{"sensitivity.per_sequence", "probe",
                  "expected one of off | probes | exact, found \"probe\""},
-        BadValue{"residency", "disk", "expected one of resident | streamed, found \"disk\""},
+        BadValue{"residency", "disk", "expected one of auto | resident | streamed, found \"disk\""},
         BadValue{"scratch.memory_gib", "-1", "expected number at least 0 and at most 1000000, found -1"},
         BadValue{"checkpoint.every_blocks", "0", "expected auto or integer from 1 to 1000000, found 0"},
         BadValue{"format", "gptq",

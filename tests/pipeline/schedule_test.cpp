@@ -64,6 +64,45 @@ TEST(ChooseGrid, UsesOnlySplitsOfAllRanks) {
   EXPECT_EQ(choice.stages, 3);
 }
 
+// Four blocks of time 1 and 10 bytes each, on four ranks.
+const std::vector<StageCost> kCosts{{4, 40}, {2, 20}, {2, 20}, {1, 10}};
+
+TEST(ChooseShape, StreamsWeightsThatNoSplitFits) {
+  config::RunConfig config;
+  EXPECT_EQ(choose_shape(config, kCosts, 16, 4, 5), (comm::GridShape{1, 4}));
+  EXPECT_EQ(config.residency, "streamed");
+}
+
+TEST(ChooseShape, KeepsWeightsThatFit) {
+  config::RunConfig config;
+  EXPECT_EQ(choose_shape(config, kCosts, 16, 4, 15), (comm::GridShape{4, 1}));
+  EXPECT_EQ(config.residency, "resident");
+  config.residency = "auto";
+  EXPECT_EQ(choose_shape(config, kCosts, 16, 4, /*bytes_per_rank=*/0), (comm::GridShape{1, 4}));
+  EXPECT_EQ(config.residency, "resident") << "unknown memory";
+}
+
+TEST(ChooseShape, StreamsWhereTheConfiguredStagesDoNotFit) {
+  config::RunConfig config;
+  config.ranks.stages = 2;
+  EXPECT_EQ(choose_shape(config, kCosts, 16, 4, 15), (comm::GridShape{2, 2}));
+  EXPECT_EQ(config.residency, "streamed");
+}
+
+TEST(ChooseShape, DoesAsTheConfigurationSays) {
+  config::RunConfig config;
+  config.residency = "resident";
+  EXPECT_THROW((void)choose_shape(config, kCosts, 16, 4, 5), ConfigError);
+  config.ranks.stages = 1;
+  EXPECT_EQ(choose_shape(config, kCosts, 16, 4, 5), (comm::GridShape{1, 4}));
+  EXPECT_EQ(config.residency, "resident");
+  config.residency = "streamed";
+  EXPECT_EQ(choose_shape(config, kCosts, 16, 4, 100), (comm::GridShape{1, 4}));
+  EXPECT_EQ(config.residency, "streamed");
+  config.ranks.stages = 3;
+  EXPECT_THROW((void)choose_shape(config, kCosts, 16, 4, 100), ConfigError);
+}
+
 TEST(GroupsThatDivide, NamesOnlyGroupsThatFit) {
   EXPECT_EQ(groups_that_divide(576), "16, 32, 64, 96, 192, channel");
   EXPECT_EQ(groups_that_divide(30), "channel");

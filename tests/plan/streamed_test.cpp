@@ -91,6 +91,7 @@ TEST(Streamed, IsProposedWhereResidentWeightsDoNotFit) {
   model.n_blocks = 4000;  // 4.5 MiB
   config::RunConfig config = tiny_config();
   config.compute_dtype = "bfloat16";
+  config.residency = "resident";
   config.scratch = {.directory = "scratch", .memory_gib = 0};
   Cluster cluster = instant_cluster();
   cluster.memory.node_gib = (0.25 + 2.0 / 1024) / kUsableShare;  // the process and 2 MiB
@@ -103,7 +104,11 @@ TEST(Streamed, IsProposedWhereResidentWeightsDoNotFit) {
         << text;
   }
   config.residency = "streamed";
-  EXPECT_NO_THROW((void)make_plan(config, model, cluster));
+  EXPECT_EQ(make_plan(config, model, cluster).residency, "streamed");
+  config.residency = "auto";
+  EXPECT_EQ(make_plan(config, model, cluster).residency, "streamed");
+  cluster.memory.node_gib = 100;
+  EXPECT_EQ(make_plan(config, model, cluster).residency, "resident");
 }
 
 }  // namespace

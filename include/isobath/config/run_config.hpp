@@ -97,7 +97,7 @@ struct Planning {
 struct RunConfig {
   std::string model, output;
   std::string compute_dtype = "auto";  ///< auto | bfloat16 | float32
-  std::string residency = "resident";  ///< resident | streamed
+  std::string residency = "auto";      ///< auto | resident | streamed
   std::string format = "compressed-tensors";
   Ranks ranks;
   Scratch scratch;

@@ -1,5 +1,7 @@
 #pragma once
 #include <cstdint>
+#include <isobath/comm/grid.hpp>
+#include <isobath/config/run_config.hpp>
 #include <vector>
 
 namespace isobath::pipeline {
@@ -34,5 +36,15 @@ struct StageCost {
 /// possible. Returns {0, 0} when nothing fits.
 [[nodiscard]] GridChoice choose_grid(int n_ranks, int64_t n_microbatches,
                                      const std::vector<StageCost>& cost_of_stages, int64_t bytes_per_rank);
+
+/// The grid of a run: the configuration's stages and replicas, by choose_grid where both are auto. Sets
+/// config.residency from auto to resident, or to streamed where a stage's weights exceed `bytes_per_rank` (0:
+/// unknown). cost_of_stages: with resident weights.
+///
+/// Throws   ConfigError when stages x replicas is not n_ranks, and when residency is resident and nothing
+/// fits.
+[[nodiscard]] comm::GridShape choose_shape(config::RunConfig& config,
+                                           const std::vector<StageCost>& cost_of_stages,
+                                           int64_t n_microbatches, int n_ranks, int64_t bytes_per_rank);
 
 }  // namespace isobath::pipeline

@@ -24,6 +24,7 @@ struct DiskNeed {
 struct Plan {
   Cluster cluster;
   int stages = 1, replicas = 1;
+  std::string residency = "resident";  ///< resident | streamed
   bool computes_bf16 = true;
   std::vector<Range> blocks = {};  ///< of each stage
   int64_t segments = 1;
@@ -47,7 +48,8 @@ struct Plan {
 };
 
 /// Plans the run on all ranks of the cluster. Grid: the configuration's stages and replicas; what is auto
-/// there is chosen to be fastest of what fits.
+/// there is chosen to be fastest of what fits. Residency auto streams weights only where resident ones do not
+/// fit.
 ///
 /// Throws   ConfigError when the grid is impossible, when a covariance is too wide to hold, or when nothing
 /// fits: with the bytes that are missing, and the smallest number of nodes of this kind, or the memory on
