@@ -172,12 +172,16 @@ at::Tensor CheckpointReader::read_embedding(at::ScalarType dtype, c10::Device de
   return read_finite(*tensors_, kEmbedding, dtype, device);
 }
 
-HeadWeights CheckpointReader::read_head(at::ScalarType dtype, c10::Device device) const {
+HeadWeights CheckpointReader::read_head(at::ScalarType dtype, c10::Device device,
+                                        const at::Tensor& embedding) const {
+  HeadWeights head{.final_norm = read_finite(*tensors_, kFinalNorm, dtype, device), .lm_head = embedding};
   // A tied model whose checkpoint still stores an output projection is loaded with it, as transformers 5
   // does.
-  return {
-      .final_norm = read_finite(*tensors_, kFinalNorm, dtype, device),
-      .lm_head = read_finite(*tensors_, tensors_->contains(kLmHead) ? kLmHead : kEmbedding, dtype, device)};
+  if (tensors_->contains(kLmHead))
+    head.lm_head = read_finite(*tensors_, kLmHead, dtype, device);
+  else if (!embedding.defined())
+    head.lm_head = read_embedding(dtype, device);
+  return head;
 }
 
 std::vector<std::string> CheckpointReader::other_tensors_of_block(int64_t block) const {

@@ -34,7 +34,7 @@ WeightStore WeightStore::resident(std::shared_ptr<const CheckpointReader> checkp
   for (int64_t block = share.blocks.begin; block < share.blocks.end; ++block)
     state->blocks.emplace(block, state->checkpoint->read_block(block, dtype, device));
   if (share.embedding) state->embedding = state->checkpoint->read_embedding(dtype, device);
-  if (share.head) state->head = state->checkpoint->read_head(dtype, device);
+  if (share.head) state->head = state->checkpoint->read_head(dtype, device, state->embedding);
   return WeightStore(std::move(state));
 }
 

@@ -28,9 +28,8 @@ HiddenStreams::HiddenStreams(const Session& session, const CalibrationSet& calib
 void HiddenStreams::embed(const at::Tensor& embedding, const at::Tensor& tokens) {
   quantized_.embed(embedding, tokens);
   if (!original_) return;
-  // Hidden states are replaced, never changed in place: the streams start from the same tensors.
   for (const data::Microbatch& microbatch : microbatches())
-    original_->set_hidden(microbatch.index, quantized_.hidden(microbatch.index));
+    original_->set_hidden(microbatch.index, quantized_.hidden(microbatch.index).clone());
 }
 
 ForEachInput HiddenStreams::inputs(int set, const model::BlockWeights& weights) const {

@@ -44,7 +44,7 @@ void PrefixActivations::advance(int set, const model::BlockWeights& weights, int
         break;
       }
       case 1:
-        hidden = hidden + apply(Projection::o);
+        hidden.add_(apply(Projection::o));
         break;
       case 2: {
         const at::Tensor gate = apply(Projection::gate), up = apply(Projection::up);
@@ -52,7 +52,7 @@ void PrefixActivations::advance(int set, const model::BlockWeights& weights, int
         break;
       }
       default:
-        hidden = hidden + apply(Projection::down);
+        hidden.add_(apply(Projection::down));
         inner.reset();
     }
   }

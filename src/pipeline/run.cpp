@@ -3,6 +3,7 @@
 #include <fmt/ranges.h>
 
 #include <isobath/comm/watchdog.hpp>
+#include <isobath/core/host_memory.hpp>
 #include <isobath/core/log.hpp>
 #include <isobath/core/timer.hpp>
 #include <isobath/io/files.hpp>
@@ -202,6 +203,7 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
         {.title = "measure", .source = {}, .directory = statistics, .with_perturbations = true}, events);
     prediction.record("measure", closing.measured->wall_s, events);
     directory.mark_complete("measure");
+    return_free_memory();  // quantize's peak is its own, not on top of this one's
     log::info("measured {} tokens in {}: {:.4f} nats per token", closing.measured->n_tokens,
               report::Progress::format_duration(closing.measured->wall_s), closing.measured->nll_per_token);
   }
@@ -217,6 +219,7 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
           quantize(session, calibration, weights, statistics, directory, fingerprint, true, events);
     if (closing.quantized) prediction.record("quantize", closing.quantized->wall_s, events);
     directory.mark_complete("quantize");
+    return_free_memory();
   }
 
   // §8  what it cost: perplexity, KL, agreement                                          evaluation.json

@@ -44,7 +44,7 @@ std::vector<StageCost> stage_costs(const model::ModelConfig& model, int64_t leng
     const std::vector<Range> ranges = model::balance_stages(model, length, stages, activations);
     for (int s = 0; s < stages; ++s) {
       const int64_t n = ranges[static_cast<size_t>(s)].size();
-      const int n_ends = (s == 0) + (s + 1 == stages);
+      const int n_ends = stages == 1 && model.tied_embeddings ? 1 : (s == 0) + (s + 1 == stages);
       const double time = model::stage_cost(model, cost, activations, s, stages, n);
       const int64_t bytes =
           activations.element_size * (n * block_parameters + n_ends * model.vocab_size * model.d_model);

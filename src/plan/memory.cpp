@@ -27,7 +27,9 @@ double weight_bytes(const Job& job, int stage) {
     return job.shapes.block_weight_bytes() +
            std::max(has_another ? job.shapes.block_weight_bytes() : 0, job.shapes.end_weight_bytes());
   }
-  const int n_ends = (stage == 0 ? 1 : 0) + (stage + 1 == layout.stages ? 1 : 0);
+  // A head that is tied to the embedding of the same stage is that tensor.
+  const bool is_shared = job.model.tied_embeddings && layout.stages == 1;
+  const int n_ends = is_shared ? 1 : (stage == 0 ? 1 : 0) + (stage + 1 == layout.stages ? 1 : 0);
   return static_cast<double>(layout.blocks[static_cast<size_t>(stage)].size()) *
              job.shapes.block_weight_bytes() +
          n_ends * job.shapes.end_weight_bytes();

@@ -35,7 +35,9 @@ class CheckpointReader {
   [[nodiscard]] BlockWeights read_block(int64_t block, at::ScalarType dtype, c10::Device device) const;
   [[nodiscard]] at::Tensor read_embedding(at::ScalarType dtype,
                                           c10::Device device) const;  ///< [vocab, d_model]
-  [[nodiscard]] HeadWeights read_head(at::ScalarType dtype, c10::Device device) const;
+  /// embedding: as read_embedding gave it, which a tied head shares; undefined: read from the checkpoint.
+  [[nodiscard]] HeadWeights read_head(at::ScalarType dtype, c10::Device device,
+                                      const at::Tensor& embedding = {}) const;
   /// Names of all tensors outside the blocks' seven linears' weights that belong to `block` (norms, biases),
   /// and of those outside all blocks: what a quantized checkpoint copies unchanged.
   [[nodiscard]] std::vector<std::string> other_tensors_of_block(int64_t block) const;

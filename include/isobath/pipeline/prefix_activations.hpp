@@ -21,8 +21,10 @@ class PrefixActivations {
 
   /// The logical shards' microbatches that this rank works on, whatever its stage.
   [[nodiscard]] const std::vector<data::Microbatch>& microbatches() const { return microbatches_; }
-  /// Hidden states at the entrance of the next block: [b, T, d_model].
+  /// Hidden states at the entrance of the next block: [b, T, d_model]. They are changed in place: new tensors
+  /// would scatter over the memory that a block's inner states leave.
   [[nodiscard]] const at::Tensor& hidden(int64_t microbatch) const { return hidden_.at(microbatch); }
+  /// Takes `hidden` over: nobody else may read it later.
   void set_hidden(int64_t microbatch, at::Tensor hidden) { hidden_[microbatch] = std::move(hidden); }
 
   /// Starts from rows `tokens` [sequences, T] i64, of all sequences, of an embedding. Local.
