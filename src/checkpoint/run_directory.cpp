@@ -186,4 +186,15 @@ void RunDirectory::mark_complete(const std::string& stage) {
   state_->record = std::move(record);
 }
 
+Fingerprint recorded_fingerprint(const fs::path& run) {
+  const fs::path file = run / kRunFile;
+  std::error_code status;
+  if (!fs::is_regular_file(file, status)) return {};
+  try {
+    return RunRecord::from_text(io::read_text(file), file.string()).fingerprint;
+  } catch (const Error&) {
+    return {};  // who resumes it says why
+  }
+}
+
 }  // namespace isobath::checkpoint

@@ -1,6 +1,10 @@
 #include <isobath/cli/arguments.hpp>
 
 #include <CLI/CLI.hpp>
+#include <cmath>
+#include <cstring>
+#include <isobath/config/schema.hpp>
+#include <isobath/core/error.hpp>
 #include <isobath/pipeline/allocate.hpp>
 #include <sstream>
 
@@ -11,6 +15,18 @@ constexpr const char* kFooter =
     R"(Exit codes: 0 done; 2 usage or configuration; 3 bad input (checkpoint, tokens); 4 disk or permission;
 5 not finite or no factorization; 6 invalid state or a resume that does not match; 7 defect, or another
 rank failed; 75 stopped on request (SIGUSR1, SIGTERM), continue with --resume.)";
+
+/// Accepts numbers above zero.
+CLI::Validator positive() {
+  return {[](const std::string& text) {
+            char* end = nullptr;
+            const double value = std::strtod(text.c_str(), &end);
+            return end != text.c_str() && *end == '\0' && value > 0 && std::isfinite(value)
+                       ? std::string()
+                       : "expected a number above 0, found " + text;
+          },
+          ""};
+}
 
 struct Builder {
   CLI::App app{"Quantizes large language models on many ranks, guided by activation sensitivity.", "isobath"};
@@ -51,8 +67,13 @@ struct Builder {
              const std::string& example) {
     CLI::App* sub = command(value, name, description, example);
     config(sub)->required();
-    sub->add_flag("--resume", arguments.resume,
-                  "Continues the interrupted run in the configuration's output directory.");
+    auto* resume = sub->add_flag("--resume", arguments.resume,
+                                 "Continues the interrupted run in the configuration's output directory.");
+    sub->add_flag(
+           "--resume-or-start", arguments.resume_or_start,
+           "Continues the run in the output directory, or starts it where there is none: for job scripts "
+           "that are started again.")
+        ->excludes(resume);
     trace(sub);
   }
 };
@@ -74,10 +95,10 @@ void add_commands(Builder& b) {
   b.config(allocate)->required();
   auto* budget = allocate->add_option("--budget", a.budget_bits,
                                       "Stored bits a quantized weight, scales included, on average.");
-  budget->type_name("BITS")->check(CLI::PositiveNumber);
+  budget->type_name("BITS")->check(positive());
   auto* bytes = allocate->add_option("--budget-bytes", a.budget_bytes,
                                      "Bytes of all quantized linears, scales included, instead of --budget.");
-  bytes->type_name("BYTES")->check(CLI::PositiveNumber)->excludes(budget);
+  bytes->type_name("BYTES")->check(positive())->excludes(budget);
   allocate
       ->add_option(
           "--method", a.method,
@@ -209,6 +230,33 @@ void add_commands(Builder& b) {
             "isobath version");
 }
 
+std::string did_you_mean(const std::string& unknown, const std::vector<std::string>& known) {
+  const std::string nearest = config::nearest_key(unknown, known);
+  return nearest.empty() ? std::string() : fmt::format("; did you mean {}?", nearest);
+}
+
+/// What is wrong with a word that no command or option has; empty when `b` has all of them.
+std::string unknown_word(Builder& b, int argc, const char* const* argv) {
+  std::vector<std::string> commands;
+  for (const CLI::App* sub : b.app.get_subcommands({})) commands.push_back(sub->get_name());
+  int first = 1;
+  while (first < argc && argv[first][0] == '-') ++first;
+  if (first < argc && std::ranges::find(commands, argv[first]) == commands.end())
+    return fmt::format("unknown command {}{}", argv[first], did_you_mean(argv[first], commands));
+  if (first == argc) return "";
+  std::vector<std::string> options;
+  for (const CLI::App* app : {static_cast<const CLI::App*>(&b.app),
+                              static_cast<const CLI::App*>(b.app.get_subcommand(argv[first]))})
+    for (const CLI::Option* option : app->get_options())
+      for (const std::string& name : option->get_lnames()) options.push_back("--" + name);
+  for (int i = first + 1; i < argc; ++i) {
+    const std::string word(argv[i], std::min(std::strlen(argv[i]), std::strcspn(argv[i], "=")));
+    if (word.starts_with("--") && word.size() > 2 && std::ranges::find(options, word) == options.end())
+      return fmt::format("{} has no option {}{}", argv[first], word, did_you_mean(word, options));
+  }
+  return "";
+}
+
 std::string usage_problem(const Arguments& a) {
   const bool is_reference = a.shows_keys || a.shows_schema;
   if (a.command == Command::check && a.config_path.empty() && !is_reference)
@@ -242,6 +290,8 @@ std::variant<Arguments, Usage> parse_arguments(int argc, const char* const* argv
     std::ostringstream out, err;
     const int code = b.app.exit(problem, out, err);
     std::string text = code == 0 ? out.str() : err.str();
+    if (const std::string unknown = unknown_word(b, argc, argv); code != 0 && !unknown.empty())
+      text = unknown + "\nRun with --help for more information.";
     if (code != 0) text.erase(text.find_last_not_of('\n') + 1);
     return Usage{code == 0 ? ExitCode::ok : ExitCode::config, text};
   }

@@ -139,13 +139,22 @@ void version() {
                          kRevision, TORCH_VERSION, ISOBATH_MPI_LIBRARY, comm::device_backend_name()));
 }
 
+void run_stages(const Arguments& arguments, const std::vector<Stage>& stages,
+                const comm::Communicator& world) {
+  const config::RunConfig config = load_config(arguments, world);
+  const bool resumes =
+      arguments.resume ||
+      (arguments.resume_or_start &&
+       world.any(std::filesystem::exists(std::filesystem::path(config.output) / "run.json")));
+  pipeline::run(config, stages, resumes, world);
+}
+
 void dispatch(const Arguments& arguments, const comm::Communicator& world) {
   switch (arguments.command) {
     case Command::run:
-      return pipeline::run(load_config(arguments, world), {Stage::measure, Stage::quantize, Stage::evaluate},
-                           arguments.resume, world);
+      return run_stages(arguments, {Stage::measure, Stage::quantize, Stage::evaluate}, world);
     case Command::measure:
-      return pipeline::run(load_config(arguments, world), {Stage::measure}, arguments.resume, world);
+      return run_stages(arguments, {Stage::measure}, world);
     case Command::allocate:
       return pipeline::allocate(load_config(arguments, world),
                                 {.mean_bits = arguments.budget_bits,
@@ -155,7 +164,7 @@ void dispatch(const Arguments& arguments, const comm::Communicator& world) {
                                  .output = arguments.allocation_output},
                                 world);
     case Command::quantize:
-      return pipeline::run(load_config(arguments, world), {Stage::quantize}, arguments.resume, world);
+      return run_stages(arguments, {Stage::quantize}, world);
     case Command::evaluate:
       return evaluate(arguments, world);
     case Command::diagnose:

@@ -68,6 +68,10 @@ c10::Device select_device(const std::string& requested, const Communicator&) {
   fail<ConfigError>("unknown device '{}': expected auto, cpu or cuda", requested);
 }
 
+int64_t device_memory_bytes(c10::Device) {
+  return 0;
+}
+
 const char* device_backend_name() {
   return "host";
 }

@@ -1,5 +1,6 @@
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGuard.h>
 
 #include <isobath/comm/device_communicator.hpp>
 #include <map>
@@ -16,6 +17,17 @@ at::Tensor as_tensor(ncclUniqueId& id) {
   return at::from_blob(&id, {sizeof(id)}, at::kByte);
 }
 
+/// NCCL connects two ranks on their first transfer, whose launch waits until the other one launches its side:
+/// done at once, where both do, and not in a pipeline whose neighbours wait for each other's work.
+void connect(NcclChannel& channel, bool sends, c10::Device device) {
+  at::Tensor byte = at::zeros({1}, at::TensorOptions(device).dtype(at::kByte));
+  const CudaEvent done = channel.enqueue([&](ncclComm_t comm, cudaStream_t stream) {
+    return sends ? ncclSend(byte.const_data_ptr(), 1, ncclUint8, 1, comm, stream)
+                 : ncclRecv(byte.mutable_data_ptr(), 1, ncclUint8, 0, comm, stream);
+  });
+  channel.wait(done, "first transfer of NCCL");
+}
+
 std::shared_ptr<NcclChannel> make_edge(const Communicator& control, Edge edge, c10::Device device) {
   ncclUniqueId id{};
   at::Tensor bytes = as_tensor(id);
@@ -25,7 +37,10 @@ std::shared_ptr<NcclChannel> make_edge(const Communicator& control, Edge edge, c
   } else {
     control.receive(bytes, edge.first, 0);
   }
-  return std::make_shared<NcclChannel>(id, 2, control.rank() == edge.first ? 0 : 1, device);
+  const bool sends = control.rank() == edge.first;
+  auto channel = std::make_shared<NcclChannel>(id, 2, sends ? 0 : 1, device);
+  connect(*channel, sends, device);
+  return channel;
 }
 
 }  // namespace
@@ -169,6 +184,14 @@ c10::Device select_device(const std::string& requested, const Communicator& node
       "device 'cuda' was requested, but {} shows no CUDA device: use 'cpu' or 'auto', or check the driver "
       "and CUDA_VISIBLE_DEVICES",
       node.host());
+}
+
+int64_t device_memory_bytes(c10::Device device) {
+  if (!device.is_cuda()) return 0;
+  const c10::cuda::CUDAGuard guard(device);
+  size_t free = 0, total = 0;
+  ISOBATH_CUDA(cudaMemGetInfo(&free, &total));
+  return static_cast<int64_t>(total);
 }
 
 const char* device_backend_name() {

@@ -96,7 +96,8 @@ void add_run_keys(Table& t) {
       "number of replicas.");
   t.integer(
       "calibration.seed", [](auto& c) -> auto& { return c.calibration.seed; }, 0, "",
-      "Key of every random number: choice of sequences, drawn labels, probe signs.");
+      "Key of every random number: drawn labels, probe signs. The first sequences of the token file are "
+      "taken, whatever it is.");
 }
 
 void add_sensitivity_keys(Table& t) {

@@ -164,13 +164,13 @@ class Parser {
   std::vector<std::string> problems_;
 };
 
+}  // namespace
+
 bool matches(const std::string& pattern, const std::string& module) {
   if (!pattern.starts_with("re:")) return pattern == module;
   return std::regex_search(module, std::regex(pattern.substr(3), std::regex::ECMAScript),
                            std::regex_constants::match_continuous);
 }
-
-}  // namespace
 
 RunConfig parse(const std::string& yaml, const std::vector<std::string>& overrides,
                 const std::string& source) {

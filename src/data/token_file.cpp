@@ -115,7 +115,9 @@ void check_lengths(const std::string& file, const at::Tensor& lengths, int64_t l
                     kMinLength, length);
 }
 
-TokenSet read_and_verify(const fs::path& path, const TokenRequirements& requirements) {
+}  // namespace
+
+TokenSet read_tokens(const fs::path& path, const TokenRequirements& requirements) {
   const std::string file = path.string();
   const RawTokens raw = read_any(path);
   check_shape(file, raw, requirements);
@@ -147,15 +149,13 @@ TokenSet read_and_verify(const fs::path& path, const TokenRequirements& requirem
   return set;
 }
 
-}  // namespace
-
 TokenSet open_tokens(const fs::path& path, const TokenRequirements& requirements,
                      const comm::Communicator& comm) {
   constexpr int kRoot = 0;
   const bool is_root = comm.rank() == kRoot;
   TokenSet set;
   comm.agree_on([&] {
-    if (is_root) set = read_and_verify(path, requirements);
+    if (is_root) set = read_tokens(path, requirements);
   });
   std::array<int64_t, 2> shape{};
   if (is_root) shape = {set.n_sequences(), set.length()};

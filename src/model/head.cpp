@@ -59,6 +59,19 @@ double sum_nll(const at::Tensor& nll, const Chunk& chunk) {
   return sum;
 }
 
+/// Operations that ATen refuses where determinism was asked for are allowed while it lives.
+class DeterminismNotAsked {
+ public:
+  DeterminismNotAsked() { at::globalContext().setDeterministicAlgorithms(false, /*warn_only=*/false); }
+  ~DeterminismNotAsked() { at::globalContext().setDeterministicAlgorithms(was_asked_, was_warning_); }
+  DeterminismNotAsked(const DeterminismNotAsked&) = delete;
+  DeterminismNotAsked& operator=(const DeterminismNotAsked&) = delete;
+
+ private:
+  bool was_asked_ = at::globalContext().deterministicAlgorithms();
+  bool was_warning_ = at::globalContext().deterministicAlgorithmsWarnOnly();
+};
+
 /// Labels drawn by inverse transform: the first whose cumulative probability exceeds u. [n_predicted,
 /// n_samples] i64.
 at::Tensor draw_labels(const at::Tensor& probabilities, const Chunk& chunk, const LossSpec& loss) {
@@ -71,6 +84,8 @@ at::Tensor draw_labels(const at::Tensor& probabilities, const Chunk& chunk, cons
                                 static_cast<uint32_t>(sample));
     }
   }
+  // A row is summed by one block in its order, on CUDA too, though ATen does not promise it.
+  const DeterminismNotAsked unasked;
   // f64: an f32 running sum over 1e5 tokens is off by more than a rare token's probability.
   const at::Tensor cumulative = probabilities.narrow(0, 0, chunk.n_predicted).cumsum(-1, at::kDouble);
   // The total is 1 up to rounding; scaling u by it keeps the last token reachable and no more than that.

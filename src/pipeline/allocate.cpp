@@ -3,6 +3,7 @@
 #include <fmt/ranges.h>
 
 #include <cmath>
+#include <isobath/comm/watchdog.hpp>
 #include <isobath/config/allocation_file.hpp>
 #include <isobath/core/log.hpp>
 #include <isobath/core/version.hpp>
@@ -187,6 +188,7 @@ void allocate(const config::RunConfig& given, const AllocateRequest& request,
               const comm::Communicator& world) {
   // Any number of ranks will do, whatever grid the configuration measures on.
   config::RunConfig config = given;
+  comm::Watchdog::configure(std::chrono::seconds(0));  // the other ranks wait for one that solves
   config.ranks.stages = 1;
   config.ranks.replicas = world.size();
   const Session session = open_session(config, config.calibration.sequences, world);

@@ -49,8 +49,7 @@ BlockObserver::BlockObserver(const Session& session, const CalibrationSet& calib
 }
 
 void BlockObserver::begin(const data::Microbatch& microbatch, int64_t sample) {
-  if (sample == 0 && microbatch.index != microbatch_.index)
-    mask_ = calibration_.mask_of(microbatch.sequences);
+  if (sample == 0) mask_ = calibration_.mask_of(microbatch.sequences);
   microbatch_ = microbatch;
   sample_ = sample;
 }

@@ -8,6 +8,8 @@
 
 #include <fstream>
 #include <isobath/comm/cores.hpp>
+#include <isobath/comm/watchdog.hpp>
+#include <isobath/config/run_config.hpp>
 #include <isobath/core/host_memory.hpp>
 #include <isobath/core/log.hpp>
 #include <isobath/core/timer.hpp>
@@ -285,6 +287,16 @@ class Calibration {
 
 std::string calibrate(const comm::Communicator& world) {
   const Timer timer;
+  comm::Watchdog::configure(std::chrono::seconds(config::Ranks{}.watchdog_s));
+  const int n_here = world.node().size();
+  const int least = world.all_reduce(n_here, comm::Reduce::min),
+            most = world.all_reduce(n_here, comm::Reduce::max);
+  world.agree(least == most
+                  ? ""
+                  : fmt::format("calibrating needs as many ranks on every node, found {} to {}; start "
+                                "it with --map-by ppr:{}:node",
+                                least, most, least),
+              ExitCode::config);
   const plan::Cluster cluster = Calibration(world).measure();
   log::info("calibrated {} rank{} in {:.0f} s", world.size(), world.size() == 1 ? "" : "s", timer.seconds());
   return plan::cluster_yaml(

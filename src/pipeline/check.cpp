@@ -6,7 +6,9 @@
 #include <isobath/model/balance.hpp>
 #include <isobath/model/checkpoint_reader.hpp>
 #include <isobath/pipeline/run.hpp>
+#include <isobath/pipeline/schedule.hpp>
 #include <isobath/pipeline/session.hpp>
+#include <isobath/pipeline/statistics_files.hpp>
 #include <isobath/pipeline/validate.hpp>
 #include <isobath/plan/plan.hpp>
 #include <isobath/quant/grid.hpp>
@@ -14,8 +16,53 @@
 
 namespace isobath::pipeline {
 
+namespace {
+
+// Engines load the linears of an input set as one matrix.
+std::string split_sets(const config::RunConfig& config, const model::ModelConfig& model) {
+  std::string lines;
+  for (int64_t block = 0; block < model.n_blocks && lines.empty(); ++block)
+    for (int set = 0; set < model::kInputSets; ++set) {
+      std::set<std::string> choices;
+      for (const model::Projection projection : model::input_set(set)) {
+        const auto choice = config::choice_for(config.quantization, model::module_name(block, projection));
+        choices.insert(choice.quantized ? fmt::format("{} bits, group {}", choice.bits, choice.group)
+                                        : "not quantized");
+      }
+      if (choices.size() > 1)
+        lines += fmt::format(
+            "\n  block {}, {}: expected one choice, as engines load them as one matrix, found {}; change "
+            "quantization.overrides or quantization.ignore",
+            block, model::name_of_input_set(set), fmt::join(choices, "; "));
+    }
+  return lines;
+}
+
+// Patterns of ignore and overrides that no module has: a misspelt one would change nothing, silently.
+std::string idle_patterns(const config::RunConfig& config, const model::ModelConfig& model) {
+  std::vector<std::string> modules{"lm_head"};
+  for (int64_t block = 0; block < model.n_blocks; ++block)
+    for (int p = 0; p < model::kProjections; ++p)
+      modules.push_back(model::module_name(block, static_cast<model::Projection>(p)));
+  std::string lines;
+  const auto require_match = [&](const char* key, const std::string& pattern) {
+    for (const std::string& module : modules)
+      if (config::matches(pattern, module)) return;
+    lines += fmt::format(
+        "\n  {}: \"{}\" matches no linear of the model; give a whole name, such as {}, or a pattern, such as "
+        "re:.*\\.down_proj$",
+        key, pattern, modules.back());
+  };
+  for (const std::string& pattern : config.quantization.ignore) require_match("quantization.ignore", pattern);
+  for (const auto& entry : config.quantization.overrides)
+    require_match("quantization.overrides", entry.match);
+  return lines;
+}
+
+}  // namespace
+
 void require_quantizable(const config::RunConfig& config, const model::ModelConfig& model) {
-  std::string problems;
+  std::string problems = idle_patterns(config, model) + split_sets(config, model);
   for (int64_t block = 0; block < model.n_blocks; ++block) {
     for (int set = 0; set < model::kInputSets; ++set) {
       for (const model::Projection projection : model::input_set(set)) {
@@ -61,20 +108,9 @@ void require_allocated(const config::RunConfig& config, const model::CheckpointR
   for (const auto& [module, bits] : allocation.bits) unknown.insert(module);
   std::string problems;
   for (int64_t block = 0; block < source.config().n_blocks; ++block) {
-    for (int set = 0; set < model::kInputSets; ++set) {
-      std::set<int> widths;
-      for (const model::Projection projection : model::input_set(set)) {
-        const std::string module = model::module_name(block, projection);
-        const auto choice = config::choice_for(config.quantization, module);
-        if (!choice.quantized) continue;
-        unknown.erase(module);
-        widths.insert(choice.bits);
-      }
-      if (widths.size() > 1)
-        problems += fmt::format(
-            "\n  block {}, {}: expected one width, as engines load them as one matrix, found {}; change "
-            "quantization.overrides",
-            block, model::name_of_input_set(set), fmt::join(widths, ", "));
+    for (int p = 0; p < model::kProjections; ++p) {
+      const std::string module = model::module_name(block, static_cast<model::Projection>(p));
+      if (config::choice_for(config.quantization, module).quantized) unknown.erase(module);
     }
   }
   for (const std::string& module : unknown)
@@ -126,30 +162,45 @@ CheckResult check(const config::RunConfig& config, int n_ranks) {
       result.summary +=
           fmt::format("output     {:.3f} bits per quantized weight, {:.1f} MB in quantized linears\n",
                       bits / n_quantized, bits / 8e6);
-    attempt([&] {
-      const int stages = config.ranks.stages > 0 ? config.ranks.stages : n_ranks;
-      if (config.ranks.stages > 0) {
-        const std::vector<Range> ranges =
-            model::balance_stages(model, config.calibration.length, stages,
-                                  kept_activations(config, choose_dtype(config, model, c10::kCPU)));
-        std::string text;
-        for (const Range& range : ranges) text += fmt::format(" [{}, {})", range.begin, range.end);
-        result.summary += fmt::format("stages     {}:{}\n", stages, text);
-      }
-    });
     const data::ShardPlan shards(config.calibration.sequences, config.calibration.logical_shards,
                                  config.calibration.microbatch);
+    attempt([&] {
+      // Memory is left to `plan`: the ranks need not run on this machine.
+      const model::Activations activations = kept_activations(config, choose_dtype(config, model, c10::kCPU));
+      config::RunConfig chosen = config;
+      const comm::GridShape grid =
+          choose_shape(chosen, stage_costs(model, config.calibration.length, activations, n_ranks),
+                       std::ssize(shards.microbatches()), n_ranks, /*bytes_per_rank=*/0);
+      std::string text;
+      for (const Range& range :
+           model::balance_stages(model, config.calibration.length, grid.stages, activations))
+        text += fmt::format(" [{}, {})", range.begin, range.end);
+      result.summary += fmt::format("ranks      {} = stages {} x replicas {}; blocks of the stages:{}\n",
+                                    n_ranks, grid.stages, grid.replicas, text);
+    });
+    const auto check_tokens = [&](const char* key, const std::string& path,
+                                  const data::TokenRequirements& requirements) {
+      if (path.empty()) return;
+      attempt([&] {
+        if (!std::filesystem::exists(path))
+          fail<ConfigError>("{}: {} does not exist; tools/python/prepare_tokens.py makes token files", key,
+                            path);
+        (void)data::read_tokens(path, requirements);
+      });
+    };
+    check_tokens("calibration.tokens", config.calibration.tokens, requirements_of(config, model));
+    check_tokens("evaluation.tokens", config.evaluation.tokens, evaluation_requirements_of(config, model));
     result.summary +=
         fmt::format("tokens     {} sequences of {} = {} in {} logical shards, {} microbatches\n",
                     config.calibration.sequences, config.calibration.length,
                     config.calibration.sequences * config.calibration.length, shards.n_shards(),
                     shards.microbatches().size());
   });
-  for (const auto& [key, path] : {std::pair("calibration.tokens", config.calibration.tokens),
-                                  std::pair("evaluation.tokens", config.evaluation.tokens)})
-    if (!path.empty() && !std::filesystem::exists(path))
-      result.problems.push_back(
-          fmt::format("{}: {} does not exist; tools/python/prepare_tokens.py makes token files", key, path));
+  if (const std::string& path = config.sensitivity.reuse;
+      !path.empty() && !std::filesystem::exists(statistics_path(path, 0)))
+    result.problems.push_back(fmt::format(
+        "sensitivity.reuse: {} holds no statistics; `isobath measure` leaves them in its output's measure/",
+        path));
   if (const std::string& path = config.plan.cluster; !path.empty() && !std::filesystem::exists(path))
     result.problems.push_back(fmt::format(
         "plan.cluster: {} does not exist; `isobath plan --calibrate --output {}` makes it", path, path));

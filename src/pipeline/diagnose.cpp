@@ -282,6 +282,7 @@ void add_statistics(const config::RunConfig& config, const Session& session, Dia
 
 void diagnose(const config::RunConfig& config, const DiagnoseRequest& request,
               const comm::Communicator& world) {
+  comm::Watchdog::configure(std::chrono::seconds(0));  // ranks with a sequence less wait for the others
   const fs::path checkpoint =
       request.checkpoint.empty() ? fs::path(config.output) / "model" : request.checkpoint;
   world.agree(fs::exists(checkpoint / "config.json")

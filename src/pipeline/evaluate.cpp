@@ -178,20 +178,31 @@ class WindowPass {
 
 }  // namespace
 
-std::vector<evaluate::Summary> evaluate_model(const Session& session, const model::WeightStore& weights,
+data::TokenSet open_evaluation(const Session& session) {
+  const config::Evaluation& options = session.config.evaluation;
+  data::TokenSet tokens = data::open_tokens(
+      options.tokens, evaluation_requirements_of(session.config, session.model()), session.world());
+  const at::Tensor padded = (tokens.lengths < tokens.length()).nonzero();
+  session.world().agree_on([&] {
+    if (padded.numel() > 0)
+      fail<DataError>(
+          "{}: window {} holds {} tokens and then padding, which nothing should be scored on; expected "
+          "windows of "
+          "{} tokens: make them without --pad, or set evaluation.window",
+          options.tokens, padded[0][0].item<int64_t>(),
+          tokens.lengths[padded[0][0].item<int64_t>()].item<int64_t>(), tokens.length());
+  });
+  return tokens;
+}
+
+std::vector<evaluate::Summary> evaluate_model(const Session& session, const data::TokenSet& tokens,
+                                              const model::WeightStore& weights,
                                               const std::vector<std::filesystem::path>& quantized,
                                               report::EventLog& events) {
   const Timer timer;
   const at::NoGradGuard no_grad;
-  const config::Evaluation& options = session.config.evaluation;
   const comm::Communicator& world = session.world();
   comm::Watchdog::set_activity("evaluate");
-  const data::TokenSet tokens = data::open_tokens(options.tokens,
-                                                  {.vocab_size = session.model().vocab_size,
-                                                   .tokenizer_sha256 = tokenizer_digest(session.config.model),
-                                                   .n_sequences = options.windows,
-                                                   .length = options.window},
-                                                  world);
   const int64_t n_windows = tokens.n_sequences();
 
   std::vector<model::WeightStore> versions;
@@ -236,9 +247,10 @@ std::vector<evaluate::Summary> evaluate_model(const Session& session, const mode
 
 namespace {
 
-nlohmann::json to_json(const evaluate::Summary& summary, const config::Evaluation& options) {
-  nlohmann::json json{{"window", options.window},
-                      {"windows", options.windows},
+nlohmann::json to_json(const evaluate::Summary& summary, const data::TokenSet& tokens) {
+  nlohmann::json json{{"window", tokens.length()},
+                      {"windows", tokens.n_sequences()},
+                      {"tokens_digest", tokens.digest},
                       {"tokens", summary.n_tokens},
                       {"perplexity_original", summary.perplexity_original}};
   if (summary.has_quantized) {
@@ -253,16 +265,20 @@ nlohmann::json to_json(const evaluate::Summary& summary, const config::Evaluatio
 
 }  // namespace
 
-std::string evaluation_json(const evaluate::Summary& summary, const config::Evaluation& options) {
-  return to_json(summary, options).dump(2) + "\n";
+std::string evaluation_json(const evaluate::Summary& summary, const data::TokenSet& tokens) {
+  return to_json(summary, tokens).dump(2) + "\n";
+}
+
+bool is_evaluation_on(const std::string& json, const data::TokenSet& tokens) {
+  const nlohmann::json found = nlohmann::json::parse(json, nullptr, /*allow_exceptions=*/false);
+  return found.is_object() && found.value("tokens_digest", "") == tokens.digest;
 }
 
 std::string evaluations_json(const std::vector<std::filesystem::path>& quantized,
-                             const std::vector<evaluate::Summary>& summaries,
-                             const config::Evaluation& options) {
+                             const std::vector<evaluate::Summary>& summaries, const data::TokenSet& tokens) {
   nlohmann::json all = nlohmann::json::array();
   for (size_t i = 0; i < summaries.size(); ++i) {
-    nlohmann::json one = to_json(summaries[i], options);
+    nlohmann::json one = to_json(summaries[i], tokens);
     one["checkpoint"] = quantized[i].string();
     all.push_back(std::move(one));
   }

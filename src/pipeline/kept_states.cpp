@@ -15,7 +15,7 @@ void KeptStates::keep(int64_t block, int64_t item, const at::Tensor& state) {
   const config::Scratch& scratch = session_.config.scratch;
   const auto n_bytes = static_cast<double>(state.nbytes());
   if (scratch.directory.empty() || memory_bytes_ + n_bytes <= scratch.memory_gib * kGiB) {
-    in_memory_[{block, item}] = state;
+    in_memory_[{block, item}] = state.cpu();
     memory_bytes_ += n_bytes;
     return;
   }
@@ -31,7 +31,7 @@ at::Tensor KeptStates::take(int64_t block, int64_t item) {
     at::Tensor state = std::move(found->second);
     in_memory_.erase(found);
     memory_bytes_ -= static_cast<double>(state.nbytes());
-    return state;
+    return state.to(session_.device);
   }
   const trace::Span span("block input from disk", block);
   const auto place = on_disk_.find({block, item});

@@ -75,7 +75,8 @@ std::string closing_table(const Session& session, const Closing& closing, const 
     }
   }
   if (closing.quantized)
-    table.add({"bits per weight, scales included", "16",
+    table.add({"bits per weight, scales included",
+               std::to_string(8 * c10::elementSize(session.model().dtype)),
                fmt::format("{:.3f}", closing.quantized->bits_per_weight)});
   std::string text = closing.evaluated || closing.quantized ? table.text() : std::string();
   if (closing.quantized)
@@ -129,23 +130,69 @@ const char* name_of(Stage stage) {
   return "";
 }
 
+/// Whether the evaluation that the configuration asks for is there. windows: nothing where it asks for none.
+bool is_evaluated(const checkpoint::RunDirectory& run, const std::optional<data::TokenSet>& windows,
+                  const comm::Communicator& world) {
+  if (!run.is_complete("evaluate")) return false;
+  if (!windows) return true;
+  const fs::path file = run.path() / "evaluation.json";
+  return world.any(world.rank() == 0 && fs::exists(file) && is_evaluation_on(io::read_text(file), *windows));
+}
+
 // A stage command on a directory where that stage is done would do nothing: say so, as an error unless
 // --resume asked for it.
 void refuse_or_note_finished(const checkpoint::RunDirectory& run, const std::vector<Stage>& stages,
-                             bool resume, const comm::Communicator& world) {
+                             bool is_evaluated, bool resume, const comm::Communicator& world) {
   for (const Stage stage : stages)
-    if (!run.is_complete(name_of(stage))) return;
+    if (stage == Stage::evaluate ? !is_evaluated : !run.is_complete(name_of(stage))) return;
   const std::string text = fmt::format("{}: {} is finished", run.path().string(), name_of(stages.back()));
   world.agree(resume ? "" : text + "; choose another `output`", ExitCode::config);
   log::info("{}; nothing is left to do", text);
 }
 
+// A stage that continues what an earlier one left needs a run to be there.
+void require_run(const fs::path& run, Stage first, const comm::Communicator& world) {
+  if (world.any(fs::exists(run / "run.json"))) return;
+  world.agree(
+      first == Stage::evaluate
+          ? fmt::format("{} holds no run to evaluate; start `isobath run` first, or name a model with "
+                        "--checkpoint",
+                        run.string())
+          : fmt::format("{} holds no run: `isobath {}` takes up what a stage before it left; start "
+                        "`isobath measure` or `isobath run` first",
+                        run.string(), name_of(first)),
+      ExitCode::config);
+}
+
+// Threads of a rank, where the configuration leaves them to the program: those of the run that is continued,
+// whose results may depend on them; 0 where there is none.
+int recorded_threads(const fs::path& run, const comm::Communicator& world) {
+  int threads = 0;
+  if (world.rank() == 0) {
+    const checkpoint::Fingerprint recorded = checkpoint::recorded_fingerprint(run);
+    if (const auto found = recorded.find(kThreadsOfFingerprint); found != recorded.end())
+      threads = std::atoi(found->second.c_str());
+  }
+  return world.all_reduce(threads, comm::Reduce::max);
+}
+
 }  // namespace
 
-void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool resume,
+void run(const config::RunConfig& given, const std::vector<Stage>& stages, bool resume,
          const comm::Communicator& world) {
   const Timer timer;
+  config::RunConfig config = given;
   comm::Watchdog::configure(std::chrono::seconds(config.ranks.watchdog_s));
+
+  // The first stage makes the run directory; the later ones continue in it.
+  const bool is_weighted =
+      config.quantization.weighting == "sensitivity" && config.quantization.solver != "round_to_nearest";
+  const bool needs_measure = is_weighted && config.sensitivity.reuse.empty();
+  const bool creates = !resume && (contains(stages, Stage::measure) ||
+                                   (contains(stages, Stage::quantize) && !needs_measure &&
+                                    !world.any(fs::exists(fs::path(config.output) / "run.json"))));
+  if (!creates && !resume) require_run(config.output, stages.front(), world);
+  if (!creates && config.ranks.threads == 0) config.ranks.threads = recorded_threads(config.output, world);
 
   // Who computes what: model headers, grid, tokens.                                     no weights in memory
   // yet
@@ -157,16 +204,12 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
     require_allocated(config, *session.source);
   });
   const CalibrationSet calibration = open_calibration(session);
+  std::optional<data::TokenSet> windows;  // refused now, not when the model is quantized
+  if (contains(stages, Stage::evaluate) && !config.evaluation.tokens.empty())
+    windows = open_evaluation(session);
   Prediction prediction(session);
   const checkpoint::Fingerprint fingerprint = fingerprint_of(session, calibration);
 
-  // The first stage makes the run directory; the later ones continue in it.
-  const bool is_weighted =
-      config.quantization.weighting == "sensitivity" && config.quantization.solver != "round_to_nearest";
-  const bool needs_measure = is_weighted && config.sensitivity.reuse.empty();
-  const bool creates = !resume && (contains(stages, Stage::measure) ||
-                                   (contains(stages, Stage::quantize) && !needs_measure &&
-                                    !world.any(fs::exists(fs::path(config.output) / "run.json"))));
   checkpoint::RunDirectory directory(
       config.output,
       creates ? checkpoint::RunDirectory::Mode::create : checkpoint::RunDirectory::Mode::resume, fingerprint,
@@ -178,7 +221,8 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
                          {"replicas", session.grid->shape().replicas},
                          {"threads", session.threads},
                          {"resume", resume}});
-  if (!creates) refuse_or_note_finished(directory, stages, resume, world);
+  const bool has_evaluation = is_evaluated(directory, windows, world);
+  if (!creates) refuse_or_note_finished(directory, stages, has_evaluation, resume, world);
 
   // W: each rank reads the weights of its own blocks, now or when they are needed.      sharded by stage
   const Timer loading;
@@ -220,19 +264,22 @@ void run(const config::RunConfig& config, const std::vector<Stage>& stages, bool
     if (closing.quantized) prediction.record("quantize", closing.quantized->wall_s, events);
     directory.mark_complete("quantize");
     return_free_memory();
+    // Nothing will be resumed from a saved state again.
+    std::error_code ignored;
+    if (world.rank() == 0) fs::remove_all(directory.path() / "checkpoint", ignored);
   }
 
   // §8  what it cost: perplexity, KL, agreement                                          evaluation.json
-  if (contains(stages, Stage::evaluate) && !directory.is_complete("evaluate")) {
+  if (contains(stages, Stage::evaluate) && !has_evaluation) {
     require_finished(directory, "quantize", world);
-    if (!config.evaluation.tokens.empty()) {
+    if (windows) {
       const Timer evaluating;
-      closing.evaluated = evaluate_model(session, weights, {quantized}, events)[0];
+      closing.evaluated = evaluate_model(session, *windows, weights, {quantized}, events)[0];
       prediction.record("evaluate", evaluating.seconds(), events);
       world.agree_on([&] {
         if (world.rank() == 0)
           io::write_text_atomically(directory.path() / "evaluation.json",
-                                    evaluation_json(*closing.evaluated, config.evaluation));
+                                    evaluation_json(*closing.evaluated, *windows));
       });
     }
     directory.mark_complete("evaluate");
@@ -253,15 +300,17 @@ void evaluate_checkpoints(const config::RunConfig& config, const std::vector<fs:
                   : "",
               ExitCode::config);
   const Session session = open_session(config, config.evaluation.windows, world);
+  const data::TokenSet windows = open_evaluation(session);
   const model::WeightStore weights = open_weights(session, session.source);
   report::EventLog events;
   Closing closing;
-  const std::vector<evaluate::Summary> summaries = evaluate_model(session, weights, quantized, events);
+  const std::vector<evaluate::Summary> summaries =
+      evaluate_model(session, windows, weights, quantized, events);
   world.agree_on([&] {
     if (world.rank() == 0 && !json_output.empty())
       io::write_text_atomically(json_output, quantized.size() > 1
-                                                 ? evaluations_json(quantized, summaries, config.evaluation)
-                                                 : evaluation_json(summaries[0], config.evaluation));
+                                                 ? evaluations_json(quantized, summaries, windows)
+                                                 : evaluation_json(summaries[0], windows));
   });
   if (quantized.size() > 1) {
     report::Table table({"checkpoint", "perplexity", "KL mean", "KL median", "KL 99 %", "top-1 agreement"});

@@ -29,6 +29,58 @@ bool has_bfloat16_instructions() {
 #endif
 }
 
+/// Threads of every rank: as many as the rank with the fewest cores has cores. Warns where mpirun binds ranks
+/// to fewer than they could have. Collective over the world.
+int choose_threads(const config::RunConfig& config, const comm::Communicator& world,
+                   const comm::Communicator& node) {
+  const comm::NodeCores cores = comm::cores_of(node);
+  const int own = std::max(1, world.all_reduce(cores.per_rank, comm::Reduce::min));
+  const int threads = config.ranks.threads > 0 ? config.ranks.threads : own;
+  const int could_have = cores.available / node.size();
+  const int wanted = config.ranks.threads > 0 ? std::min(threads, could_have) : could_have;
+  if (node.rank() == 0 && cores.per_rank < wanted)
+    log::warning(
+        "{}: mpirun binds each rank to {} of {} cores, where it could have {}; start it with --bind-to none, "
+        "or give each rank its cores: --map-by slot:PE={}",
+        world.host(), cores.per_rank, cores.available, could_have, could_have);
+  return threads;
+}
+
+/// Ranks that compute in another dtype or with other kernels than rank 0 would not notice, but their share of
+/// a sum has other bits. Collective over the world.
+void require_alike(const Session& session, const comm::Communicator& world) {
+  const std::string kind = fmt::format(
+      "{} on {} with {} kernels", c10::toString(session.dtype), session.device.is_cuda() ? "cuda" : "cpu",
+      session.device.is_cpu() ? kernels::implementation_of(session.dtype) : "cuda");
+  const std::vector<std::string> kinds = world.all_gather(kind), hosts = world.all_gather(world.host());
+  for (size_t rank = 1; rank < kinds.size(); ++rank)
+    if (kinds[rank] != kinds[0])
+      world.agree(
+          fmt::format("ranks would compute in different ways: rank 0 on {} in {}, rank {} on {} in {}; use "
+                      "nodes of one kind, or set compute_dtype, ranks.device, or ISOBATH_KERNELS "
+                      "(avx512, avx2, aten) to what all of them have",
+                      hosts[0], kinds[0], rank, hosts[rank], kinds[rank]),
+          ExitCode::config);
+}
+
+/// The share of memory that this rank's resident weights may take: of its device's, or of the host's.
+int64_t bytes_for_weights(c10::Device device, const comm::Communicator& node) {
+  const int64_t bytes =
+      device.is_cuda() ? comm::device_memory_bytes(device) : host_memory_bytes() / node.size();
+  return static_cast<int64_t>(kWeightShareOfMemory * static_cast<double>(bytes));
+}
+
+/// D must have the same bits whenever it is measured. Attention's backward pass by ATen adds in any order
+/// unless told otherwise, and cuBLAS wants a workspace of its own.
+void require_determinism() {
+  setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);
+  at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false);
+  at::globalContext().setSDPUseMemEfficient(false);
+  at::globalContext().setSDPUseCuDNN(false);
+}
+
+}  // namespace
+
 std::vector<StageCost> stage_costs(const model::ModelConfig& model, int64_t length,
                                    const model::Activations& activations, int n_ranks) {
   // Weights are computed with in the dtype of the activations.
@@ -54,25 +106,6 @@ std::vector<StageCost> stage_costs(const model::ModelConfig& model, int64_t leng
   }
   return costs;
 }
-
-/// Threads of every rank: as many as the rank with the fewest cores has cores. Warns where mpirun binds ranks
-/// to fewer than they could have. Collective over the world.
-int choose_threads(const config::RunConfig& config, const comm::Communicator& world,
-                   const comm::Communicator& node) {
-  const comm::NodeCores cores = comm::cores_of(node);
-  const int own = std::max(1, world.all_reduce(cores.per_rank, comm::Reduce::min));
-  const int threads = config.ranks.threads > 0 ? config.ranks.threads : own;
-  const int could_have = cores.available / node.size();
-  const int wanted = config.ranks.threads > 0 ? std::min(threads, could_have) : could_have;
-  if (node.rank() == 0 && cores.per_rank < wanted)
-    log::warning(
-        "{}: mpirun binds each rank to {} of {} cores, where it could have {}; start it with --bind-to none, "
-        "or give each rank its cores: --map-by slot:PE={}",
-        world.host(), cores.per_rank, cores.available, could_have, could_have);
-  return threads;
-}
-
-}  // namespace
 
 at::ScalarType choose_dtype(const config::RunConfig& config, const model::ModelConfig& model,
                             c10::Device device) {
@@ -101,16 +134,18 @@ Session open_session(const config::RunConfig& config, int64_t n_microbatches,
   Session session;
   session.config = config;
   const comm::Communicator node = world.node();
-  // Every rank chooses the same.
-  const int64_t bytes_per_rank = world.all_reduce(
-      static_cast<int64_t>(kWeightShareOfMemory * static_cast<double>(host_memory_bytes()) / node.size()),
-      comm::Reduce::min);
-  comm::GridShape shape;
   world.agree_on([&] {
     session.source = std::make_shared<const model::CheckpointReader>(config.model);
-    const model::ModelConfig& model = session.source->config();
     session.device = comm::select_device(config.ranks.device, node);
-    session.dtype = choose_dtype(config, model, session.device);
+    session.dtype = choose_dtype(config, session.source->config(), session.device);
+  });
+  require_alike(session, world);
+  if (session.device.is_cuda()) require_determinism();
+  // Every rank chooses the same.
+  const int64_t bytes_per_rank = world.all_reduce(bytes_for_weights(session.device, node), comm::Reduce::min);
+  comm::GridShape shape;
+  world.agree_on([&] {
+    const model::ModelConfig& model = session.model();
     shape = choose_shape(
         session.config,
         stage_costs(model, config.calibration.length, kept_activations(config, session.dtype), world.size()),
@@ -138,14 +173,25 @@ std::string tokenizer_digest(const std::filesystem::path& model_directory) {
   return std::filesystem::exists(path) ? file_sha256(path) : std::string();
 }
 
+data::TokenRequirements requirements_of(const config::RunConfig& config, const model::ModelConfig& model) {
+  return {.vocab_size = model.vocab_size,
+          .tokenizer_sha256 = tokenizer_digest(config.model),
+          .n_sequences = config.calibration.sequences,
+          .length = config.calibration.length};
+}
+
+data::TokenRequirements evaluation_requirements_of(const config::RunConfig& config,
+                                                   const model::ModelConfig& model) {
+  return {.vocab_size = model.vocab_size,
+          .tokenizer_sha256 = tokenizer_digest(config.model),
+          .n_sequences = config.evaluation.windows,
+          .length = config.evaluation.window};
+}
+
 CalibrationSet open_calibration(const Session& session) {
   const config::Calibration& calibration = session.config.calibration;
-  data::TokenSet tokens = data::open_tokens(calibration.tokens,
-                                            {.vocab_size = session.model().vocab_size,
-                                             .tokenizer_sha256 = tokenizer_digest(session.config.model),
-                                             .n_sequences = calibration.sequences,
-                                             .length = calibration.length},
-                                            session.world());
+  data::TokenSet tokens = data::open_tokens(
+      calibration.tokens, requirements_of(session.config, session.model()), session.world());
   data::ShardPlan shards(tokens.n_sequences(), calibration.logical_shards, calibration.microbatch);
   return {std::move(tokens), std::move(shards)};
 }
@@ -182,24 +228,18 @@ model::BlockWeights take_block(const Session& session, const model::WeightStore&
 
 checkpoint::Fingerprint fingerprint_of(const Session& session, const CalibrationSet& calibration) {
   // Where a result is put, on how many ranks and how often it is saved does not change it.
-  static const std::set<std::string> kIrrelevant{"output",
-                                                 "residency",
-                                                 "scratch.directory",
-                                                 "scratch.memory_gib",
-                                                 "ranks.stages",
-                                                 "ranks.replicas",
-                                                 "ranks.threads",
-                                                 "ranks.watchdog_s",
-                                                 "ranks.activation_gib",
-                                                 "checkpoint.every_blocks",
-                                                 "checkpoint.keep",
-                                                 "compute_dtype",
-                                                 "quantization.allocation",
-                                                 "plan.cluster"};
+  static const std::set<std::string> kIrrelevant{
+      "output", "residency", "scratch.directory", "scratch.memory_gib", "ranks.stages", "ranks.replicas",
+      "ranks.threads", "ranks.watchdog_s", "ranks.activation_gib", "checkpoint.every_blocks",
+      "checkpoint.keep", "compute_dtype", "quantization.allocation", "plan.cluster",
+      // The files themselves are told apart below.
+      "model", "calibration.tokens",
+      // evaluation.json says what it was made on.
+      "evaluation.tokens", "evaluation.window", "evaluation.windows"};
   checkpoint::Fingerprint fingerprint;
   for (const auto& [key, value] : session.config.flatten())
     if (!kIrrelevant.contains(key)) fingerprint[key] = value;
-  fingerprint["ranks.threads (resolved)"] = std::to_string(session.threads);
+  fingerprint[kThreadsOfFingerprint] = std::to_string(session.threads);
   fingerprint["compute_dtype (resolved)"] = c10::toString(session.dtype);
   fingerprint["kernels (of this machine)"] =
       session.device.is_cpu() ? kernels::implementation_of(session.dtype) : "cuda";

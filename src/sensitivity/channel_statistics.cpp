@@ -59,7 +59,7 @@ void ChannelStatistics::observe(const at::Tensor& x, const at::Tensor& gradient,
     at::Tensor squares = x[b].to(at::kFloat).square();
     at::Tensor norms = at::linalg_vector_norm(gradient[b], 2, {1}, false, at::kFloat).square();
     at::Tensor padding;
-    if (mask.defined() && !mask[b].all().item<bool>()) padding = mask[b].logical_not();
+    if (mask.defined() && !mask[b].all().item<bool>()) padding = mask[b].logical_not().to(x.device());
     if (padding.defined()) {
       squares.masked_fill_(padding.unsqueeze(1), 0.0);
       norms.masked_fill_(padding, 0.0);

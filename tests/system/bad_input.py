@@ -52,6 +52,10 @@ def configurations(space):
     expect(space, "ranks-do-not-fit", 2, ["ranks?"], stages=2, replicas=2, ranks=3)
     expect(space, "divergence-of-the-original", 2, ["sensitivity.loss", "fisher", "reestimate.loss"],
            settings=("sensitivity.loss=kl",))
+    expect(space, "pattern-of-nothing", 2, ["quantization.ignore", "down_proj", "matches no linear"],
+           settings=("quantization.ignore=[down_proj]",))
+    expect(space, "split-set", 2, ["block 0, q/k/v", "3 bits", "8 bits", "quantization.overrides"],
+           settings=('quantization.overrides=[{match: "re:.*q_proj", bits: 8}]',))
     expect(space, "more-groups-than-heads", 2, ["row_groups = 3", "2 heads of k_proj"],
            settings=("sensitivity.row_groups=3", "sensitivity.grouping=head"))
 
@@ -112,6 +116,11 @@ def token_files(space):
                                     ("no-tokens", numpy.zeros((0, LENGTH)), ["token"])):
         path = write_tokens(space.path / f"{name}.safetensors", tokens=content)
         expect(space, name, 3, mentions, space.config(name, calibration={"tokens": str(path)}))
+    path = write_tokens(space.path / "padded.safetensors", lengths=[LENGTH, LENGTH - 4] + [LENGTH] * (SEQUENCES - 2))
+    expect(space, "padded-windows", 3, ["window 1", str(LENGTH - 4), "padding"],
+           space.config("padded-windows", evaluation={"tokens": str(path)}))
+    expect(space, "absent-windows", 4, ["absent.safetensors"],
+           space.config("absent-windows", evaluation={"tokens": str(space.path / "absent.safetensors")}))
     expect(space, "absent-tokens", 4, ["absent.safetensors"],
            space.config("absent-tokens", calibration={"tokens": str(space.path / "absent.safetensors")}))
 

@@ -125,11 +125,12 @@ def write_model(directory, dtype="bfloat16", seed=1, weights=None, changes=None)
     return directory
 
 
-def write_tokens(path, sequences=SEQUENCES, length=LENGTH, seed=2, tokens=None):
+def write_tokens(path, sequences=SEQUENCES, length=LENGTH, seed=2, tokens=None, lengths=None):
     if tokens is None:
         # Runs of equal tokens give the random model something to be more or less certain about.
         tokens = numpy.random.default_rng(seed).integers(0, VOCAB, (sequences, length // 2)).repeat(2, axis=1)
-    write_safetensors(path, {"tokens": (tokens, "I32")}, {"format": "pt", "vocab_size": str(VOCAB)})
+    tensors = {"tokens": (tokens, "I32")} | ({} if lengths is None else {"lengths": (numpy.array(lengths), "I32")})
+    write_safetensors(path, tensors, {"format": "pt", "vocab_size": str(VOCAB)})
     return path
 
 
@@ -188,7 +189,7 @@ def command(config, stages=1, replicas=1, settings=(), resume=False, ranks=None)
             str(config)]
     for setting in (f"ranks.stages={stages}", f"ranks.replicas={replicas}", *settings):
         line += ["--set", setting]
-    return line + (["--resume"] if resume else [])
+    return line + ([] if not resume else ["--resume" if resume is True else f"--resume-{resume}"])
 
 
 class Job:

@@ -15,10 +15,10 @@ for model in ("tiny_llama_a", "tiny_llama_b"):
     with tempfile.TemporaryDirectory(prefix="isobath-oracle-") as folder:
         folder = pathlib.Path(folder)
         generator = numpy.random.default_rng(5)
-        # One padded sequence: padding must count nowhere.
+        # Two padded sequences, one of them the first: padding must count nowhere.
         write_safetensors(folder / "tokens.safetensors",
                           {"tokens": (generator.integers(0, VOCAB, (SEQUENCES, LENGTH)), "I32"),
-                           "lengths": (numpy.array([LENGTH, LENGTH, 31, LENGTH, LENGTH, LENGTH]), "I32")},
+                           "lengths": (numpy.array([37, LENGTH, 31, LENGTH, LENGTH, LENGTH]), "I32")},
                           {"format": "pt", "vocab_size": str(VOCAB)})
         (folder / "run.yaml").write_text(f"""
 model: {ROOT}/tests/data/{model}

@@ -36,4 +36,7 @@ class RunDirectory {
   std::unique_ptr<State> state_;
 };
 
+/// The fingerprint of the run in a directory; empty when there is none, or none that can be read. Local.
+[[nodiscard]] Fingerprint recorded_fingerprint(const std::filesystem::path& run);
+
 }  // namespace isobath::checkpoint

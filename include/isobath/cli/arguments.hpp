@@ -29,6 +29,7 @@ struct Arguments {
   std::string config_path;               ///< all but inspect, compare and version
   std::vector<std::string> settings;     ///< "key=value" of each --set
   bool resume = false;                   ///< run, measure, quantize
+  bool resume_or_start = false;          ///< run, measure, quantize
   std::string trace;                     ///< run, measure, quantize, evaluate: timeline to write
   double budget_bits = 0;                ///< allocate: stored bits a weight; 0: budget_bytes
   int64_t budget_bytes = 0;              ///< allocate

@@ -50,6 +50,9 @@ class DeviceCommunicator {
 /// had.
 [[nodiscard]] c10::Device select_device(const std::string& requested, const Communicator& node);
 
+/// Memory of a CUDA device, bytes; 0 for the CPU.
+[[nodiscard]] int64_t device_memory_bytes(c10::Device device);
+
 /// "host" or "nccl".
 [[nodiscard]] const char* device_backend_name();
 

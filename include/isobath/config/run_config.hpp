@@ -118,6 +118,10 @@ struct RunConfig {
 [[nodiscard]] RunConfig parse(const std::string& yaml, const std::vector<std::string>& overrides,
                               const std::string& source);
 
+/// Whether a pattern of `ignore` or `overrides` means this module: its whole name, or re: and an ECMAScript
+/// regular expression that matches from the start of the name.
+[[nodiscard]] bool matches(const std::string& pattern, const std::string& module);
+
 /// Bits and group of one module after the allocation, `overrides` (which win over it) and `ignore`.
 struct ModuleChoice {
   bool quantized = true;

@@ -27,12 +27,14 @@ struct TokenRequirements {
   int64_t length = 0;  ///< first `length` tokens of each; 0: all. Longer rows are cut, shorter ones an error
 };
 
-/// Reads a token file (.safetensors, .h5/.hdf5; layout in docs/formats.md): rank 0 reads and verifies, all
-/// receive.
+/// Reads and verifies a token file (.safetensors, .h5/.hdf5; layout in docs/formats.md).
 ///
-/// Collective over `comm`. Throws AgreedFailure (code data) for: no or empty tokens, wrong dtype or rank, a
+/// Local. Throws DataError or IoError for: no or empty tokens, wrong dtype or rank, a
 /// token < 0 or >= vocab_size (names the first: sequence, position, value), lengths outside [2, T], fewer
 /// sequences than asked (says how many there are), another tokenizer (both digests).
+[[nodiscard]] TokenSet read_tokens(const std::filesystem::path& path, const TokenRequirements& requirements);
+
+/// read_tokens on rank 0, for all. Collective over `comm`. Throws AgreedFailure as it throws.
 [[nodiscard]] TokenSet open_tokens(const std::filesystem::path& path, const TokenRequirements& requirements,
                                    const comm::Communicator& comm);
 

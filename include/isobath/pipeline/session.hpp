@@ -9,6 +9,7 @@
 #include <isobath/model/balance.hpp>
 #include <isobath/model/checkpoint_reader.hpp>
 #include <isobath/model/weight_store.hpp>
+#include <isobath/pipeline/schedule.hpp>
 #include <isobath/report/events.hpp>
 #include <memory>
 #include <string>
@@ -68,6 +69,9 @@ struct CalibrationSet {
 /// Collective over the session's world. Throws AgreedFailure (data).
 [[nodiscard]] CalibrationSet open_calibration(const Session& session);
 
+/// The entry of a run's fingerprint for the threads of a rank.
+inline constexpr const char* kThreadsOfFingerprint = "ranks.threads (resolved)";
+
 /// The weights of `checkpoint` as the configuration's `residency` has them: this rank's stage's blocks, and
 /// embedding or head at the ends, read now; or everything when it is needed. Collective only in agreeing on
 /// failure (AgreedFailure: data, numeric, io).
@@ -86,6 +90,16 @@ struct CalibrationSet {
 /// tokens, the precision.
 [[nodiscard]] checkpoint::Fingerprint fingerprint_of(const Session& session,
                                                      const CalibrationSet& calibration);
+
+/// What the run asks of its calibration tokens, and of its evaluation tokens. Local.
+[[nodiscard]] data::TokenRequirements requirements_of(const config::RunConfig& config,
+                                                      const model::ModelConfig& model);
+[[nodiscard]] data::TokenRequirements evaluation_requirements_of(const config::RunConfig& config,
+                                                                 const model::ModelConfig& model);
+
+/// Time and resident weights of the largest stage for each number of stages up to n_ranks. Local.
+[[nodiscard]] std::vector<StageCost> stage_costs(const model::ModelConfig& model, int64_t length,
+                                                 const model::Activations& activations, int n_ranks);
 
 /// SHA-256 of a model directory's tokenizer.json; empty when there is none.
 [[nodiscard]] std::string tokenizer_digest(const std::filesystem::path& model_directory);

@@ -7,12 +7,13 @@
 
 namespace isobath::pipeline {
 
-/// Throws ConfigError listing every module that the options do not fit (group that does not divide, row
-/// groups). Local.
+/// Throws ConfigError listing everything where the options do not fit the model: a group that does not
+/// divide, too many row groups, a pattern that matches nothing, an input set whose linears differ in width or
+/// group. Local.
 void require_quantizable(const config::RunConfig& config, const model::ModelConfig& model);
 
 /// With an allocation file: throws ConfigError unless it was made for this model, names only modules that are
-/// quantized, and leaves one width to each fused set once `quantization.overrides` are applied. Local.
+/// quantized. Local.
 void require_allocated(const config::RunConfig& config, const model::CheckpointReader& source);
 
 /// "16, 32, 64, channel": the usual group sizes that divide `columns`.
