@@ -1,0 +1,51 @@
+# What slurm.sbatch and slurm-gpu.sbatch share; they source it after `cd` to the repository.
+#
+# ISOBATH_PROGRAM names the program to start; without it slurm.sbatch takes build/cpu/bin/isobath, slurm-gpu.sbatch
+# build/cuda/bin/isobath. ISOBATH_ROOT names the repository; without it it is where the job was submitted.
+
+# The run directory of a config and the arguments after it.
+isobath_output() {
+  local output argument
+  output=$(sed -nE "s/^output: *['\"]?([^'\"#]*[^'\"# ]).*/\1/p" "$1")
+  for argument in "${@:2}"; do
+    argument=${argument#--set=}
+    [[ $argument == output=* ]] && output=${argument#output=}
+  done
+  echo "$output"
+}
+
+# What a resumed run need not do again: the finished stages and the newest generation; empty when that is nothing.
+isobath_progress() {
+  tr -d ' \n' 2>/dev/null <"$1/run.json" | grep -oE '"complete":\["[^]]*\]'
+  compgen -G "$1/checkpoint/gen-*[0-9]" | sort | tail -n 1
+}
+
+# Runs config with the arguments after it on all tasks of the job; queues the job again when it was stopped, unless it
+# got nowhere: the next one would not either.
+isobath_run() {
+  local config=$1 program=${ISOBATH_PROGRAM:-build/cpu/bin/isobath} output before status
+  output=$(isobath_output "$@")
+  before=$(isobath_progress "$output")
+
+  export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
+  mpirun -n "$SLURM_NTASKS" --map-by "slot:PE=$OMP_NUM_THREADS" "$program" run "$@" --resume-or-start &
+  isobath_pid=$!
+  # mpirun passes USR1 on to every rank. TERM would leave them two seconds, too few to save anything.
+  trap 'kill -USR1 $isobath_pid' USR1
+  # A trapped signal ends `wait` early; the status of the run is that of the last one.
+  wait $isobath_pid
+  status=$?
+  while kill -0 $isobath_pid 2>/dev/null; do
+    wait $isobath_pid
+    status=$?
+  done
+  [[ $status -eq 75 ]] || return "$status"
+
+  if [[ $(isobath_progress "$output") == "$before" ]]; then
+    echo "slurm: stopped before $output had a finished stage or a saved state more than at the start of this job; it" \
+      "is not queued again. Give it more time or nodes (--time, --nodes) and submit $config again." >&2
+  else
+    scontrol requeue "$SLURM_JOB_ID"
+  fi
+  return "$status"
+}
