@@ -34,7 +34,8 @@ void add_run_keys(Table& t) {
       "model", [](auto& c) -> auto& { return c.model; }, true, "Hugging Face model directory to quantize.");
   t.text(
       "output", [](auto& c) -> auto& { return c.output; }, true,
-      "Run directory; it is created, and must be new unless --resume is given.");
+      "Run directory; it is created, and must be new unless the run in it is continued (--resume, "
+      "--resume-or-start).");
   t.word(
       "compute_dtype", [](auto& c) -> auto& { return c.compute_dtype; }, {"auto", "bfloat16", "float32"},
       "Precision of activations and weights in compute; auto takes the checkpoint's where the device is fast "
@@ -56,8 +57,9 @@ void add_run_keys(Table& t) {
       "Copies of the pipeline that work on different sequences.");
   t.integer_or_auto(
       "ranks.threads", [](auto& c) -> auto& { return c.ranks.threads; }, 4096, "threads per rank",
-      "Threads of a rank; auto takes one for each core that the rank may use alone. Part of the "
-      "fingerprint.");
+      "Threads of a rank; auto takes one for each core that the rank may use alone, or as many as the run "
+      "was "
+      "started with that is continued: results may depend on their number.");
   t.word(
       "ranks.device", [](auto& c) -> auto& { return c.ranks.device; }, {"auto", "cpu", "cuda"},
       "Where a rank computes; auto takes CUDA where the build and the machine have it.");

@@ -52,7 +52,7 @@ class Parser {
 
   void check_across_keys() {
     for (const Key& key : key_table())
-      if (key.info.is_required && !places_.contains(key.info.key))
+      if (is_read_ && key.info.is_required && !places_.contains(key.info.key))
         report(source_, fmt::format("missing key \"{}\" (required): {}", key.info.key, key.info.description));
     if (config_.sensitivity.samples > 1 && config_.sensitivity.loss != "fisher")
       report(place("sensitivity.samples"),
@@ -82,6 +82,7 @@ class Parser {
         use(documents.empty() ? YAML::Node() : documents[0]);
     } catch (const YAML::Exception& error) {
       const bool has_line = setting_.empty() && !error.mark.is_null();
+      if (setting_.empty()) is_read_ = false;
       report(has_line ? fmt::format("{}:{}", name, error.mark.line + 1) : name,
              "not valid YAML: " + error.msg);
     }
@@ -159,6 +160,7 @@ class Parser {
 
   std::string source_, setting_;  ///< setting_: "--set key" while one is read
   int key_line_ = 0;
+  bool is_read_ = true;  ///< the file, so that a key it lacks is missing
   RunConfig config_;
   std::map<std::string, std::string> places_;
   std::vector<std::string> problems_;

@@ -280,6 +280,7 @@ TEST(ConfigParse, OutputOverTheModelIsRefused) {
 TEST(ConfigParse, BrokenYamlNamesTheLine) {
   EXPECT_EQ(problem_of(kMinimal + "ranks: {stages: 1\nformat: x\n").find("run.yaml:"), 0U);
   EXPECT_NE(problem_of("model: a: b\n").find("not valid YAML"), std::string::npos);
+  EXPECT_EQ(problem_of("model: a: b\n").find("missing key"), std::string::npos);
   EXPECT_EQ(problem_of("- a\n- b\n").find("run.yaml:1: document: expected a map of keys, found a list"), 0U);
   EXPECT_NE(problem_of(kMinimal + "---\nmodel: b\n").find("expected one YAML document, found 2"),
             std::string::npos);
