@@ -111,7 +111,7 @@ void plan(const Arguments& arguments, const comm::Communicator& world) {
     const plan::Plan plan = plan_run(
         config,
         {.cluster = arguments.cluster, .model_config = arguments.model_config, .n_ranks = arguments.n_ranks});
-    log::print(plan_text(config, plan));
+    log::print(plan_text(config, plan, {.path = arguments.config_path, .settings = arguments.settings}));
     if (!arguments.json_output.empty())
       io::write_text_atomically(arguments.json_output, plan_json(config, plan));
   });

@@ -97,6 +97,7 @@ std::string plan_json(const config::RunConfig& config, const plan::Plan& plan) {
   if (plan.evaluate) json["evaluate"] = to_json(*plan.evaluate);
   json["memory"] = {{"measure", to_json(plan.measure_memory)},
                     {"quantize", to_json(plan.quantize_memory)},
+                    {"reestimation", to_json(plan.reestimation_memory)},
                     {"evaluate", to_json(plan.evaluate_memory)}};
   json["disk"] = {{"checkpoint_bytes", plan.disk.checkpoint_bytes},
                   {"statistics_bytes", plan.disk.statistics_bytes},
@@ -104,7 +105,8 @@ std::string plan_json(const config::RunConfig& config, const plan::Plan& plan) {
                   {"generation_bytes", plan.disk.generation_bytes},
                   {"generations_kept", plan.disk.keep},
                   {"model_bytes", plan.disk.model_bytes},
-                  {"written_bytes", plan.disk.written_bytes()}};
+                  {"written_bytes", plan.disk.written_bytes()},
+                  {"scratch_bytes_per_node", plan.disk.scratch_bytes}};
   json["advice"] = plan.advice;
   return json.dump(2) + "\n";
 }

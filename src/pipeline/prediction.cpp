@@ -21,14 +21,18 @@ const plan::StageTime* time_of(const plan::Plan& plan, const std::string& stage)
 
 /// Host memory of the largest rank in a stage.
 double host_bytes(const plan::Plan& plan, const std::string& stage) {
-  const auto& ranks = stage == "measure"    ? plan.measure_memory
-                      : stage == "quantize" ? plan.quantize_memory
-                                            : plan.evaluate_memory;
   double most = 0;
-  if (stage == "load") return most;
-  for (const plan::RankMemory& memory : ranks)
-    most = std::max(most, memory.host_bytes() + memory.root_bytes +
-                              (plan.cluster.has_devices() ? 0 : memory.device_bytes()));
+  const auto consider = [&](const std::vector<plan::RankMemory>& ranks) {
+    for (const plan::RankMemory& memory : ranks)
+      most = std::max(most, memory.host_bytes() + memory.root_bytes +
+                                (plan.cluster.has_devices() ? 0 : memory.device_bytes()));
+  };
+  if (stage == "measure") consider(plan.measure_memory);
+  if (stage == "quantize") {
+    consider(plan.quantize_memory);
+    consider(plan.reestimation_memory);
+  }
+  if (stage == "evaluate") consider(plan.evaluate_memory);
   return most;
 }
 

@@ -1,7 +1,7 @@
-#include <array>
 #include <isobath/model/block.hpp>
 #include <isobath/plan/memory.hpp>
-#include <isobath/quant/factor.hpp>
+
+#include "solver_memory.hpp"
 
 namespace isobath::plan {
 namespace {
@@ -14,9 +14,6 @@ constexpr double kProcessBytes = 0.25 * kGiB, kDeviceContextBytes = 0.6 * kGiB;
 
 // Rows of logits that exist at once (model/head.cpp, evaluate/token_metrics.cpp).
 constexpr double kLossChunk = 256, kCompareChunk = 128;
-
-// A correction at its peak: five f64 matrices and the result.
-constexpr double kCorrectionBytes = 5 * 8 + 4;
 
 /// Of resident weights, or of streamed ones in a pass forward or backward: a block in work and one read
 /// ahead, if the stage has another; where embedding or head are read, one block at most stands beside them.
@@ -57,34 +54,43 @@ double backward_bytes(const Job& job, double n_tokens) {
   return n_tokens * (states + 2 * e * s.f) + std::max(n_tokens * gate, attention) + job.length() * statistics;
 }
 
-/// Logits of one chunk of the loss, probabilities, p − y; by ATen in f32 with two temporaries, and with
-/// labels drawn also f32 probabilities and their f64 sums.
-double loss_bytes(const Job& job) {
+/// Logits of one chunk of the loss, probabilities, p − y; by ATen in f32 with two temporaries. With labels
+/// drawn also f32 probabilities and their f64 sums. kl: logits of both models, and probabilities of both and
+/// their difference in f32; by ATen their comparison takes more, in f32 with log-probabilities and
+/// temporaries.
+double loss_bytes(const Job& job, const std::string& loss) {
   const double e = job.shapes.element_bytes;
-  const bool draws = job.config.sensitivity.loss == "fisher";
-  return kLossChunk * job.shapes.vocabulary *
-         (draws ? 2 * e + 24 : 3 * e + (job.shapes.has_kernels ? 0 : 12));
+  const bool has_kernels = job.shapes.has_kernels;
+  const double each = loss == "fisher" ? 2 * e + 24
+                      : loss == "kl"   ? (has_kernels ? 3 * e + 12 : 2 * e + 28)
+                                       : 3 * e + (has_kernels ? 0 : 12);
+  return kLossChunk * job.shapes.vocabulary * each;
 }
 
-double largest_module(const Job& job) {
-  double largest = 0;
-  for (int p = 0; p < model::kProjections; ++p) {
-    const auto shape = model::module_shape(job.model, static_cast<model::Projection>(p));
-    largest = std::max(largest, static_cast<double>(shape.rows) * static_cast<double>(shape.columns));
+/// A pass of measure: over all blocks, or those that are not quantized yet.
+struct Pass {
+  int64_t first_block = 0;
+  std::string loss;
+
+  [[nodiscard]] double n_blocks(const Job& job, int stage) const {
+    const Range blocks = job.layout.blocks[static_cast<size_t>(stage)];
+    return static_cast<double>(std::max<int64_t>(0, blocks.end - std::max(blocks.begin, first_block)));
   }
-  return largest;
+  [[nodiscard]] double n_samples(const Job& job) const {
+    return loss == "fisher" ? static_cast<double>(job.config.sensitivity.samples) : 1;
+  }
+};
+
+/// Hidden states of a replica's sequences at one place of the model.
+double replica_states(const Job& job) {
+  return static_cast<double>(job.layout.sequences_per_replica) * job.length() * job.shapes.d *
+         job.shapes.element_bytes;
 }
 
-// A module's values made from its codes: in the storage dtype, and in the compute dtype when that is another.
-double dequantize_bytes(const Job& job) {
-  constexpr double kStorageBytes = 2;
-  const double e = job.shapes.element_bytes;
-  return (kStorageBytes + (e == kStorageBytes ? 0 : e)) * largest_module(job);
-}
-
-/// Partial sums of a tree over n local shards: at most one a level.
-double tree_levels(int64_t n_shards) {
-  return 1 + std::floor(std::log2(static_cast<double>(n_shards)));
+/// The original model's, which loss kl keeps from the first re-estimation to the end.
+RankMemory::Item original_outputs(const Job& job, int stage) {
+  const bool keeps = job.reestimates() && job.config.quantization.reestimate.loss == "kl";
+  return {"outputs of the original", keeps && stage + 1 == job.layout.stages ? replica_states(job) : 0};
 }
 
 RankMemory::Item process(const Job& job) {
@@ -103,94 +109,6 @@ RankMemory::Item covariance_of_measure(const Job& job, double n_blocks) {
   return item;
 }
 
-/// What solving an input set holds on a rank, by phase; `root` beyond it on a rank that factorizes.
-struct SolverMemory {
-  double device_sums = 0;  ///< while H is summed
-  double host_sums = 0;    ///< partial sums, and panels of H that are complete
-  double factorizing = 0;
-  double solving = 0;
-};
-
-/// Rows in work on one rank: errors and codes of its tiles of the modules that are solved together: all of a
-/// set, or those that one factor serves which is spread.
-double row_bytes(const Job& job, int set, double d) {
-  double bytes = 0;
-  for (const model::Projection p : model::input_set(set)) {
-    const double groups = job.is_weighted() ? static_cast<double>(job.config.sensitivity.row_groups) : 1;
-    const double rows = std::ceil(static_cast<double>(model::module_shape(job.model, p).rows) / groups);
-    const double mine = 5 * job.largest_row_share(rows) * d;
-    bytes = job.is_weighted() && job.is_spread(d) ? std::max(bytes, mine) : bytes + groups * mine;
-  }
-  return bytes;
-}
-
-SolverMemory whole_memory(const Job& job, int set, double d) {
-  const double matrix = 4 * d * d, triangle = panel_entries(d), sums = job.is_asymmetric() ? 2 : 1;
-  const auto units = static_cast<double>(job.units_of(set)),
-             mine = static_cast<double>(job.units_of_root(set));
-  SolverMemory memory;
-  memory.device_sums = sums * units * matrix;
-  // One partial sum arrives.
-  memory.host_sums = (sums * units * tree_levels(job.layout.shards_per_rank) + 1) * matrix;
-  // H and C of its own units, the factors of those it has done, and one in f64; or a correction in work.
-  const double done = 4 * triangle + (job.is_asymmetric() ? matrix : 0);
-  memory.factorizing = mine * sums * matrix + (mine - 1) * done +
-                       (job.is_asymmetric() ? 4 * triangle + kCorrectionBytes * d * d : 8 * triangle);
-  // Own factors, of every unit what all ranks hold, and one damped H.
-  const double shared =
-      units * ((job.needs_whole() ? 1 : 0) + (job.is_asymmetric() ? 2 : 0)) + (job.refines() ? 1 : 0);
-  // Small factors go to all ranks at once, those of wider ones panel by panel.
-  const bool at_once = d <= static_cast<double>(quant::kWholeColumns);
-  memory.solving = (at_once ? units : mine) * 4 * triangle + shared * matrix +
-                   (at_once ? 0 : 4 * std::min(d, panel_columns()) * d);
-  return memory;
-}
-
-/// Of one unit at a time, in panels that all ranks share.
-SolverMemory spread_memory(const Job& job, double d) {
-  const double ranks = static_cast<double>(job.layout.n_ranks()), width = panel_columns();
-  const double panel = width * d, own = panel_entries(d) / ranks;
-  SolverMemory memory;
-  // The first pass sums the widest panels, when none is complete; the last one when all are.
-  constexpr double kPanelsPerPass = 6;  // pipeline/panel_factor.hpp
-  memory.device_sums = 4 * kPanelsPerPass * panel;
-  memory.host_sums = std::max(4 * (kPanelsPerPass * tree_levels(job.layout.shards_per_rank) + 1) * panel,
-                              4 * own - memory.device_sums);
-  // A panel on its way, its columns divided, and the result in f32.
-  memory.factorizing = 8 * own + (8 + 8 + 4) * panel;
-  memory.solving = 4 * own + 4 * panel;
-  return memory;
-}
-
-/// H of one input set after another, and the rows of its modules.
-void add_solver(const Job& job, RankMemory& memory) {
-  const bool has_devices = job.cluster.has_devices();
-  RankMemory::Item h{"H, factors and rows"};
-  double host = dequantize_bytes(job);
-  std::array<double, model::kInputSets> factorizing{};
-  for (int set = 0; set < model::kInputSets; ++set) {
-    const auto d = static_cast<double>(model::module_shape(job.model, model::input_set(set).front()).columns);
-    const SolverMemory phases = job.is_spread(d) ? spread_memory(job, d) : whole_memory(job, set, d);
-    h.device_bytes = std::max(h.device_bytes, phases.device_sums);
-    host = std::max({host, (has_devices ? 0 : phases.device_sums) + phases.host_sums,
-                     phases.solving + row_bytes(job, set, d)});
-    if (job.is_spread(d))
-      host = std::max(host, phases.factorizing);  // all ranks do
-    else
-      factorizing[static_cast<size_t>(set)] = phases.factorizing;
-  }
-  // Without devices the same memory holds all of it.
-  h.host_bytes = host - (has_devices ? 0 : h.device_bytes);
-  memory.items.push_back(h);
-  const int64_t on_node = std::min(job.cluster.ranks_per_node, job.layout.n_ranks());
-  for (int set = 0; set < model::kInputSets; ++set) {
-    const double more = std::max(0.0, factorizing[static_cast<size_t>(set)] - host);
-    memory.root_bytes = std::max(memory.root_bytes, more);
-    memory.node_root_bytes =
-        std::max(memory.node_root_bytes, static_cast<double>(std::min(on_node, job.units_of(set))) * more);
-  }
-}
-
 }  // namespace
 
 double RankMemory::device_bytes() const {
@@ -207,25 +125,34 @@ double RankMemory::host_bytes() const {
 
 namespace {
 
+BlockInputs block_inputs_of(const Job& job, int stage, const Pass& pass) {
+  const config::Scratch& scratch = job.config.scratch;
+  BlockInputs inputs{.memory_bytes = pass.n_blocks(job, stage) * replica_states(job)};
+  if (scratch.directory.empty()) return inputs;
+  // Microbatches are kept whole.
+  const double state = static_cast<double>(job.layout.largest_microbatch) * job.length() * job.shapes.d *
+                       job.shapes.element_bytes;
+  const double kept = std::min(inputs.memory_bytes, state * std::floor(scratch.memory_gib * kGiB / state));
+  inputs.disk_bytes = inputs.memory_bytes - kept;
+  inputs.memory_bytes = kept;
+  return inputs;
+}
+
 /// Every microbatch through one block before the next (pipeline/measure_steps.hpp): whatever the stage, what
 /// the one with the most blocks holds.
-RankMemory streamed_measure_memory(const Job& job, int stage) {
+RankMemory streamed_pass_memory(const Job& job, int stage, const Pass& pass) {
   const Layout& layout = job.layout;
-  const auto samples = static_cast<double>(job.config.sensitivity.samples);
+  const double samples = pass.n_samples(job);
   const double n = static_cast<double>(layout.largest_microbatch) * job.length();
   const double state_bytes = job.shapes.d * job.shapes.element_bytes;
-  const double all_states = static_cast<double>(layout.sequences_per_replica) * job.length() * state_bytes;
-  const auto n_blocks = static_cast<double>(layout.blocks[static_cast<size_t>(stage)].size());
   const bool is_last = stage + 1 == layout.stages;
   RankMemory memory;
   memory.items.push_back(process(job));
   memory.items.push_back({"weights", weight_bytes(job, stage)});
-  double inputs = n_blocks * all_states;
-  if (!job.config.scratch.directory.empty()) inputs = std::min(inputs, job.config.scratch.memory_gib * kGiB);
-  memory.items.push_back({"block inputs", inputs});
-  memory.items.push_back({"states", samples * all_states});
+  memory.items.push_back({"block inputs", 0, block_inputs_of(job, stage, pass).memory_bytes});
+  memory.items.push_back({"states", samples * replica_states(job)});
   memory.items.push_back({"backward", std::max(activation_bytes(job, n) + backward_bytes(job, n),
-                                               is_last ? loss_bytes(job) : 0) +
+                                               is_last ? loss_bytes(job, pass.loss) : 0) +
                                           2 * samples * n * state_bytes});
   memory.items.push_back(
       {"D", 0,
@@ -236,27 +163,25 @@ RankMemory streamed_measure_memory(const Job& job, int stage) {
   return memory;
 }
 
-}  // namespace
-
-RankMemory measure_memory(const Job& job, int stage) {
-  if (job.is_streamed()) return streamed_measure_memory(job, stage);
+RankMemory pass_memory(const Job& job, int stage, const Pass& pass) {
+  if (job.is_streamed()) return streamed_pass_memory(job, stage, pass);
   const Layout& layout = job.layout;
   const Shapes& s = job.shapes;
   const bool is_last = stage + 1 == layout.stages;
-  const auto n_blocks = static_cast<double>(layout.blocks[static_cast<size_t>(stage)].size());
-  const auto samples = static_cast<double>(job.config.sensitivity.samples);
+  const double n_blocks = pass.n_blocks(job, stage), samples = pass.n_samples(job);
+  RankMemory memory;
+  memory.items.push_back(process(job));
+  memory.items.push_back({"weights", weight_bytes(job, stage)});
+  if (n_blocks == 0) return memory;  // behind the pass: this stage waits
   const double n = static_cast<double>(layout.largest_microbatch) * job.length();
   const double state = n * s.d * s.element_bytes;
   const auto in_flight =
       static_cast<double>(std::min<int64_t>(layout.stages - stage, layout.microbatches_per_replica));
-  const double logits = is_last ? loss_bytes(job) : 0;
-  const auto kept = static_cast<double>(job.kept_blocks(stage));
+  const double logits = is_last ? loss_bytes(job, pass.loss) : 0;
+  const double kept = std::min(n_blocks, static_cast<double>(job.kept_blocks(stage)));
   const double recomputed = kept < n_blocks ? activation_bytes(job, n) : 0;
-  const int n_neighbours = (stage > 0 ? 1 : 0) + (is_last ? 0 : 1);
+  const int n_neighbours = (stage > layout.stage_of(pass.first_block) ? 1 : 0) + (is_last ? 0 : 1);
 
-  RankMemory memory;
-  memory.items.push_back(process(job));
-  memory.items.push_back({"weights", weight_bytes(job, stage)});
   memory.items.push_back({"in flight", in_flight * (n_blocks + (is_last ? 1 : 0)) * state});
   memory.items.push_back({"activations kept", kept * in_flight * activation_bytes(job, n)});
   memory.items.push_back(
@@ -273,6 +198,48 @@ RankMemory measure_memory(const Job& job, int stage) {
   return memory;
 }
 
+/// Hidden states of the sequences that quantize gives this rank, of one stream.
+double rank_states(const Job& job) {
+  return static_cast<double>(job.layout.sequences_per_rank) * job.length() * job.shapes.d *
+         job.shapes.element_bytes;
+}
+
+}  // namespace
+
+BlockInputs block_inputs(const Job& job, int stage) {
+  return job.is_streamed() && job.is_weighted() ? block_inputs_of(job, stage, {}) : BlockInputs{};
+}
+
+double scratch_bytes(const Job& job) {
+  double most = 0;
+  for (int stage = 0; stage < job.layout.stages; ++stage)
+    most = std::max(most, block_inputs(job, stage).disk_bytes);
+  return static_cast<double>(job.ranks_on_node()) * most;
+}
+
+RankMemory measure_memory(const Job& job, int stage) {
+  return pass_memory(job, stage, {.loss = job.config.sensitivity.loss});
+}
+
+RankMemory reestimation_memory(const Job& job, int stage) {
+  const config::Reestimate& reestimate = job.config.quantization.reestimate;
+  // The first one passes through the most blocks.
+  RankMemory memory =
+      pass_memory(job, stage,
+                  {.first_block = reestimate.blocks,
+                   .loss = reestimate.loss == "same" ? job.config.sensitivity.loss : reestimate.loss});
+  // A device's states are copied to the host on their way to the stage that enters.
+  const bool sends = job.layout.stages > 1 && job.cluster.has_devices();
+  memory.items.push_back({"hidden states of quantize", static_cast<double>(job.streams()) * rank_states(job),
+                          sends ? rank_states(job) : 0});
+  if (job.shares_next_block()) memory.items.push_back({"next block", job.shapes.block_weight_bytes()});
+  // The original stream lets go of a block when it enters the next one.
+  if (job.is_asymmetric()) memory.items.push_back({"block left", job.shapes.block_weight_bytes()});
+  memory.items.push_back({"codes of the last block", 0, job.shapes.block_linears});
+  memory.items.push_back(original_outputs(job, stage));
+  return memory;
+}
+
 RankMemory quantize_memory(const Job& job, int stage) {
   const Layout& layout = job.layout;
   const Shapes& s = job.shapes;
@@ -286,7 +253,7 @@ RankMemory quantize_memory(const Job& job, int stage) {
                       ? std::max(s.block_weight_bytes(), s.end_weight_bytes() - s.block_weight_bytes())
                       : weight_bytes(job, stage)});
   // Resident weights travel to the other stages while the block before is in work.
-  if (!job.is_streamed() && layout.stages > 1) memory.items.push_back({"next block", s.block_weight_bytes()});
+  if (job.shares_next_block()) memory.items.push_back({"next block", s.block_weight_bytes()});
   // Values on the device, with a correction the original ones too; codes of the block on the host.
   memory.items.push_back(
       {"block in work", static_cast<double>(job.streams()) * s.block_weight_bytes(), s.block_linears});
@@ -303,6 +270,7 @@ RankMemory quantize_memory(const Job& job, int stage) {
   memory.items.push_back({"hidden states", static_cast<double>(job.streams()) * local_tokens * e *
                                                    (s.d + std::max(s.d_query, s.f)) +
                                                n * std::max(2 * e, copies) * s.f});
+  memory.items.push_back(original_outputs(job, stage));
   if (job.is_weighted()) memory.items.push_back({"D", 0, 1.5 * job.token_weight_bytes()});
   add_solver(job, memory);
   return memory;
@@ -340,9 +308,7 @@ MemoryNeed memory_need(const Job& job) {
   const auto consider = [&](const RankMemory& memory, const std::string& name) {
     const double device = has_devices ? memory.device_bytes() : 0;
     const double host = memory.host_bytes() + (has_devices ? 0 : memory.device_bytes());
-    const double node =
-        static_cast<double>(std::min(job.cluster.ranks_per_node, job.layout.n_ranks())) * host +
-        memory.node_root_bytes;
+    const double node = static_cast<double>(job.ranks_on_node()) * host + memory.node_root_bytes;
     if (device > need.device_bytes) {
       need.device_bytes = device;
       need.device_stage = name;
@@ -355,6 +321,7 @@ MemoryNeed memory_need(const Job& job) {
   for (int stage = 0; stage < job.layout.stages; ++stage) {
     if (job.is_weighted()) consider(measure_memory(job, stage), "measure");
     consider(quantize_memory(job, stage), "quantize");
+    if (job.reestimates()) consider(reestimation_memory(job, stage), "re-estimation");
     if (!job.config.evaluation.tokens.empty()) consider(evaluate_memory(job, stage), "evaluate");
   }
   return need;

@@ -92,6 +92,7 @@ DiskNeed disk_need(const Job& job) {
   }
   if (job.uses_covariance()) disk.generation_bytes = job.hidden_bytes();
   disk.keep = static_cast<double>(job.config.checkpoint.keep);
+  disk.scratch_bytes = scratch_bytes(job);
   return disk;
 }
 
@@ -152,6 +153,23 @@ std::optional<GridShape> fastest_grid(const config::RunConfig& config, const mod
   return best;
 }
 
+/// What these ranks could do without more memory: stream weights where that was not allowed, and block inputs
+/// on a local disk; each ends with "; or ". Empty where neither helps, or both are configured.
+std::string settings_that_fit(const config::RunConfig& config, const model::ModelConfig& model,
+                              const Cluster& cluster) {
+  const bool may_stream = config.residency != "resident";
+  config::RunConfig other = with_residency(config, "streamed");
+  if (!may_stream && fastest_grid(other, model, cluster)) return "residency: streamed on these ranks; or ";
+  if (!config.scratch.directory.empty()) return {};
+  other.scratch.directory = "DIR";
+  const std::optional<GridShape> grid = fastest_grid(other, model, cluster);
+  if (!grid) return {};
+  const double bytes = scratch_bytes(Job(other, model, cluster, grid->stages, grid->replicas));
+  return fmt::format(
+      "on these ranks with {}--set scratch.directory=DIR (a local disk with {:.0f} GiB a node); or ",
+      may_stream ? "" : "--set residency=streamed ", std::ceil(bytes / kGiB));
+}
+
 [[noreturn]] void refuse(const config::RunConfig& config, const model::ModelConfig& model,
                          const Cluster& cluster, const config::RunConfig& leanest) {
   // The grid that comes nearest, by the worst ratio of what it needs to what there is.
@@ -181,9 +199,6 @@ std::optional<GridShape> fastest_grid(const config::RunConfig& config, const mod
   lacks("node", best_need.node_bytes, best_need.node_stage, cluster.memory.node_gib);
   config::RunConfig any_grid = config;
   any_grid.ranks.stages = any_grid.ranks.replicas = 0;
-  const bool fits_streamed =
-      config.residency == "resident" &&
-      smallest_cluster(with_residency(any_grid, "streamed"), model, cluster, cluster.nodes) > 0;
   const int64_t nodes = smallest_cluster(any_grid, model, cluster, kMostNodes);
   const std::string more_nodes = nodes > 0
                                      ? fmt::format("{} node{} ({} ranks) of this kind", nodes,
@@ -193,8 +208,8 @@ std::optional<GridShape> fastest_grid(const config::RunConfig& config, const mod
       "the run does not fit {} rank{} on {} node{} ({}); nearest is stages {} x replicas {}:{}\n"
       "smallest that would do: {}{}; or these ranks with {}",
       cluster.n_ranks(), cluster.n_ranks() == 1 ? "" : "s", cluster.nodes, cluster.nodes == 1 ? "" : "s",
-      cluster.name, best.stages, best.replicas, problem,
-      fits_streamed ? "residency: streamed on these ranks; or " : "", more_nodes, more_memory);
+      cluster.name, best.stages, best.replicas, problem, settings_that_fit(config, model, cluster),
+      more_nodes, more_memory);
 }
 
 }  // namespace
@@ -225,6 +240,7 @@ Plan plan_of(const config::RunConfig& config, const model::ModelConfig& model, c
   for (int stage = 0; stage < stages; ++stage) {
     if (job.is_weighted()) plan.measure_memory.push_back(measure_memory(job, stage));
     plan.quantize_memory.push_back(quantize_memory(job, stage));
+    if (job.reestimates()) plan.reestimation_memory.push_back(reestimation_memory(job, stage));
     if (evaluates) plan.evaluate_memory.push_back(evaluate_memory(job, stage));
   }
   plan.need = memory_need(job);

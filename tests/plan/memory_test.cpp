@@ -112,6 +112,117 @@ TEST(Memory, AWideCovarianceIsSharedByTheRanks) {
   EXPECT_GT(solver_bytes(4), 4 * 8192.0 * 8192);
 }
 
+TEST(Memory, DevicesHoldTheRowsInWork) {
+  const model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  config.compute_dtype = "bfloat16";
+  Cluster cluster = instant_cluster();
+  const auto held = [&] {
+    for (const auto& found : quantize_memory(Job(config, model, cluster, 1, 1), 0).items)
+      if (found.name == "H, factors and rows") return found.device_bytes;
+    return -1.0;
+  };
+  cluster.device = "cuda";
+  cluster.memory.device_gib = 1;
+  // down, 8 rows of 16 channels: the copy in bf16, and three in f32; a panel of the factor, 16 x 16. More
+  // than its H, 1024 bytes, and than gate and up: 14 bytes a weight of one, errors and codes of the other.
+  EXPECT_EQ(held(), std::max((2 + 3 * 4) * 128 + 4 * 256, (14 + 5) * 128 + 4 * 64));
+  // In f32 the copy is one of the three, and one of the transposed rows stands beside it: 12 bytes a weight.
+  config.compute_dtype = "float32";
+  EXPECT_EQ(held(), 3 * 4 * 128 + 4 * 256);
+  // A wide covariance is shared by units one after another: the rows of one module.
+  config.compute_dtype = "bfloat16";
+  model::ModelConfig wide = model;
+  wide.d_ff = 8192;
+  const Job job(config, wide, cluster, 1, 1);
+  for (const auto& found : quantize_memory(job, 0).items) {
+    if (found.name != "H, factors and rows") continue;
+    constexpr double kSums = 4.0 * 6 * 384 * 8192, kRows = 14.0 * 8 * 8192 + 4.0 * 384 * 8192;
+    EXPECT_EQ(found.device_bytes, std::max(kSums, kRows));
+  }
+}
+
+TEST(Memory, ReestimationHoldsWhatQuantizeAndMeasureHold) {
+  const model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  config.compute_dtype = "bfloat16";
+  const Cluster cluster = instant_cluster();
+  const auto item = [](const RankMemory& memory, const std::string& name) {
+    for (const auto& found : memory.items)
+      if (found.name == name) return found;
+    return RankMemory::Item{"missing", -1, -1};
+  };
+  EXPECT_FALSE(Job(config, model, cluster, 2, 1).reestimates());
+  config.quantization.reestimate = {.policy = "every", .blocks = 1};
+  const Job job(config, model, cluster, 2, 1);
+  EXPECT_TRUE(job.reestimates());
+  constexpr double kState = 5 * 8 * 2;
+  const RankMemory first = reestimation_memory(job, 0), last = reestimation_memory(job, 1);
+  // Blocks 1 to 3: one of the first stage's two.
+  EXPECT_EQ(item(first, "weights").device_bytes, item(measure_memory(job, 0), "weights").device_bytes);
+  EXPECT_EQ(item(first, "in flight").device_bytes, 2 * 1 * kState);
+  EXPECT_EQ(item(last, "in flight").device_bytes, 1 * (2 + 1) * kState);
+  EXPECT_DOUBLE_EQ(item(first, "D").host_bytes, (1 + 8.0 / 7) * 4 * 7 * 20);
+  // Of quantize: two of the four sequences, the next block, codes of the last one.
+  for (const RankMemory& memory : {first, last}) {
+    EXPECT_EQ(item(memory, "hidden states of quantize").device_bytes, 2 * kState);
+    EXPECT_EQ(item(memory, "hidden states of quantize").host_bytes, 0);  // nothing is copied on the host
+    EXPECT_EQ(item(memory, "next block").device_bytes, 2 * (576 + 16));
+    EXPECT_EQ(item(memory, "codes of the last block").host_bytes, 576);
+    EXPECT_EQ(item(memory, "outputs of the original").device_bytes, 0);
+  }
+  EXPECT_EQ(item(first, "block left").device_bytes, -1);
+
+  // A pass over the last stage alone: the first one waits.
+  config.quantization.reestimate.blocks = 2;
+  EXPECT_EQ(item(reestimation_memory(job, 0), "in flight").device_bytes, -1);
+  EXPECT_EQ(item(reestimation_memory(job, 1), "buffers").device_bytes, 0);
+  EXPECT_EQ(item(reestimation_memory(job, 1), "in flight").device_bytes, 1 * (2 + 1) * kState);
+
+  // A device's hidden states are copied for the stage that enters.
+  Cluster devices = cluster;
+  devices.device = "cuda";
+  EXPECT_EQ(
+      item(reestimation_memory(Job(config, model, devices, 2, 1), 0), "hidden states of quantize").host_bytes,
+      2 * kState);
+  EXPECT_EQ(
+      item(reestimation_memory(Job(config, model, devices, 1, 2), 0), "hidden states of quantize").host_bytes,
+      0);
+
+  // Loss kl: outputs of the original for all four sequences of the replica, from then on.
+  config.quantization.reestimate.loss = "kl";
+  EXPECT_EQ(item(reestimation_memory(job, 0), "outputs of the original").device_bytes, 0);
+  EXPECT_EQ(item(reestimation_memory(job, 1), "outputs of the original").device_bytes, 4 * kState);
+  EXPECT_EQ(item(quantize_memory(job, 1), "outputs of the original").device_bytes, 4 * kState);
+  // Logits of both models, and by ATen the f32 temporaries of their comparison.
+  EXPECT_EQ(item(reestimation_memory(job, 1), "backward").device_bytes, 256 * 32 * (2 * 2 + 28) + 2 * 80);
+
+  // The original stream has its own hidden states, and the weights of the block that it left.
+  config.quantization.asymmetric.correction = "qep";
+  EXPECT_EQ(item(reestimation_memory(job, 1), "hidden states of quantize").device_bytes, 2 * 2 * kState);
+  EXPECT_EQ(item(reestimation_memory(job, 1), "block left").device_bytes, 2 * (576 + 16));
+}
+
+TEST(Memory, TheNeedCountsReestimation) {
+  model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  config.compute_dtype = "float32";
+  config.ranks.activation_gib = 0;
+  // Long sequences: measure holds the most, and of its four blocks' D three come on top of what quantize
+  // holds.
+  config.calibration.length = model.max_position = 4096;
+  const Cluster cluster = instant_cluster();
+  const auto need = [&] { return memory_need(Job(config, model, cluster, 1, 1)); };
+  const double once = need().node_bytes;
+  EXPECT_EQ(need().node_stage, "measure");
+  config.quantization.reestimate = {.policy = "every", .blocks = 1, .loss = "kl"};
+  EXPECT_EQ(need().node_stage, "re-estimation");
+  EXPECT_GT(need().node_bytes, once);
+  // Without a block behind the first interval nothing is measured again.
+  config.quantization.reestimate.blocks = 4;
+  EXPECT_EQ(need().node_bytes, once);
+}
+
 TEST(Memory, EvaluationHoldsTwoModelsLogitsInTheirDtype) {
   const model::ModelConfig model = tiny_model();
   config::RunConfig config = tiny_config();

@@ -108,7 +108,8 @@ TEST(Plan, WhatCannotFitIsRefusedWithWhatWould) {
   Cluster cluster = shipped("h100-node");
   cluster.memory.device_gib = 24;
   const model::ModelConfig model = shipped_model("llama-3.1-70b");
-  const config::RunConfig config = large_config();
+  config::RunConfig config = large_config();
+  config.residency = "resident";
   std::string text;
   try {
     (void)make_plan(config, model, cluster);
@@ -120,12 +121,36 @@ TEST(Plan, WhatCannotFitIsRefusedWithWhatWould) {
   EXPECT_NE(text.find("a device needs"), std::string::npos) << text;
   const int64_t nodes = smallest_cluster(config, model, cluster, 64);
   ASSERT_GT(nodes, 1) << text;
-  EXPECT_NE(text.find(fmt::format("smallest that would do: {} nodes ({} ranks)", nodes, 8 * nodes)),
+  EXPECT_NE(text.find(fmt::format("smallest that would do: residency: streamed on these ranks; or {} nodes "
+                                  "({} ranks)",
+                                  nodes, 8 * nodes)),
             std::string::npos)
       << text;
   // What it names does fit, and one node less does not.
   EXPECT_NO_THROW((void)make_plan(config, model, with_ranks(cluster, 8 * nodes)));
   EXPECT_THROW((void)make_plan(config, model, with_ranks(cluster, 8 * (nodes - 1))), ConfigError);
+}
+
+TEST(Plan, ALocalDiskIsNamedWhereItWouldDo) {
+  Cluster cluster = shipped("h100-node");
+  cluster.memory.node_gib = 512;  // inputs of all blocks take 1 TiB
+  const model::ModelConfig model = shipped_model("llama-3.1-405b");
+  config::RunConfig config = large_config();
+  std::string text;
+  try {
+    (void)make_plan(config, model, cluster);
+  } catch (const ConfigError& error) {
+    text = error.what();
+  }
+  config.scratch.directory = "/scratch";
+  const Plan plan = make_plan(config, model, cluster);
+  EXPECT_EQ(plan.residency, "streamed");
+  const double gib = plan.disk.scratch_bytes / (1LL << 30);
+  EXPECT_GT(gib, 0);
+  EXPECT_NE(text.find(fmt::format("--set scratch.directory=DIR (a local disk with {:.0f} GiB a node)",
+                                  std::ceil(gib))),
+            std::string::npos)
+      << text;
 }
 
 TEST(Plan, MoreMemoryIsNamedWhereNodesDoNotHelp) {

@@ -24,22 +24,46 @@ double device_bytes(const RankMemory& memory, const std::string& name) {
   return -1;
 }
 
+double host_bytes(const RankMemory& memory, const std::string& name) {
+  for (const RankMemory::Item& item : memory.items)
+    if (item.name == name) return item.host_bytes;
+  return -1;
+}
+
 TEST(Streamed, MeasureHoldsTwoBlocksAndTheInputsOfAll) {
   const model::ModelConfig model = tiny_model();
   const config::RunConfig config = streamed_config();
   const Cluster cluster = instant_cluster();
   const RankMemory memory = measure_memory(Job(config, model, cluster, 1, 1), 0);
   EXPECT_EQ(device_bytes(memory, "weights"), 2 * kBlock);
-  EXPECT_EQ(device_bytes(memory, "block inputs"), 4 * kStates);
+  EXPECT_EQ(device_bytes(memory, "block inputs"), 0);
+  EXPECT_EQ(host_bytes(memory, "block inputs"), 4 * kStates);
   EXPECT_EQ(device_bytes(memory, "states"), kStates);
 }
 
-TEST(Streamed, AScratchDirectoryBoundsTheInputsInMemory) {
+TEST(Streamed, AScratchDirectoryTakesTheInputsBeyondMemory) {
   const model::ModelConfig model = tiny_model();
   config::RunConfig config = streamed_config();
-  config.scratch = {.directory = "scratch", .memory_gib = 500.0 / (1 << 30)};
   const Cluster cluster = instant_cluster();
-  EXPECT_EQ(device_bytes(measure_memory(Job(config, model, cluster, 1, 1), 0), "block inputs"), 500);
+  EXPECT_EQ(scratch_bytes(Job(config, model, cluster, 1, 1)), 0);
+  config.scratch = {.directory = "scratch", .memory_gib = 500.0 / (1 << 30)};
+  // 16 inputs of a microbatch, 80 bytes each: 6 of them fit.
+  const Job job(config, model, cluster, 1, 1);
+  EXPECT_EQ(host_bytes(measure_memory(job, 0), "block inputs"), 6 * 80);
+  EXPECT_EQ(block_inputs(job, 0).memory_bytes, 6 * 80);
+  EXPECT_EQ(block_inputs(job, 0).disk_bytes, 10 * 80);
+  EXPECT_EQ(scratch_bytes(job), 10 * 80);
+  EXPECT_EQ(plan_of(config, model, cluster, 1, 1).disk.scratch_bytes, 10 * 80);
+  // Two replicas of a node have half of the sequences each, and as much memory.
+  Cluster two = cluster;
+  two.ranks_per_node = 2;
+  EXPECT_EQ(scratch_bytes(Job(config, model, two, 1, 2)), 2 * (8 - 6) * 80);
+  // What is not measured leaves nothing there, nor do resident weights.
+  config.quantization.weighting = "none";
+  EXPECT_EQ(scratch_bytes(job), 0);
+  config.quantization.weighting = "sensitivity";
+  config.residency = "resident";
+  EXPECT_EQ(scratch_bytes(Job(config, model, cluster, 1, 1)), 0);
 }
 
 TEST(Streamed, QuantizeReadsOneBlockAheadOfTheOneInWork) {
@@ -109,6 +133,45 @@ TEST(Streamed, IsProposedWhereResidentWeightsDoNotFit) {
   EXPECT_EQ(make_plan(config, model, cluster).residency, "streamed");
   cluster.memory.node_gib = 100;
   EXPECT_EQ(make_plan(config, model, cluster).residency, "resident");
+}
+
+TEST(Streamed, ALocalDiskIsProposedWhereBlockInputsDoNotFit) {
+  model::ModelConfig model = tiny_model();
+  model.n_blocks = 1000;  // inputs of 312 KiB
+  config::RunConfig config = streamed_config();
+  config.scratch.memory_gib = 0;
+  Cluster cluster = instant_cluster();
+  cluster.memory.node_gib = (0.25 + 0.25 / 1024) / kUsableShare;
+  const auto refusal = [&] {
+    try {
+      (void)make_plan(config, model, cluster);
+    } catch (const ConfigError& error) {
+      return std::string(error.what());
+    }
+    return std::string("accepted");
+  };
+  const auto names = [](const std::string& text, const std::string& what) {
+    return text.find(what) != std::string::npos;
+  };
+  const std::string disk = "--set scratch.directory=DIR (a local disk with 1 GiB a node); or ";
+  for (const char* residency : {"streamed", "auto"}) {
+    config.residency = residency;
+    EXPECT_TRUE(names(refusal(), "smallest that would do: on these ranks with " + disk)) << refusal();
+  }
+  // Weights may not be streamed: neither setting alone would do.
+  config.residency = "resident";
+  EXPECT_TRUE(
+      names(refusal(), "smallest that would do: on these ranks with --set residency=streamed " + disk))
+      << refusal();
+  // What it names does fit; where it is configured already, it is not named.
+  config.residency = "auto";
+  config.scratch.directory = "DIR";
+  EXPECT_EQ(refusal(), "accepted");
+  cluster.memory.node_gib = 0.25;
+  EXPECT_FALSE(names(refusal(), "scratch.directory")) << refusal();
+  // Nor where it would not be enough.
+  config.scratch.directory.clear();
+  EXPECT_FALSE(names(refusal(), "scratch.directory")) << refusal();
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #pragma once
 #include <isobath/plan/plan.hpp>
 #include <string>
+#include <vector>
 
 namespace isobath::cli {
 
@@ -16,8 +17,15 @@ struct PlanRequest {
 /// config.json.
 [[nodiscard]] plan::Plan plan_run(const config::RunConfig& config, const PlanRequest& request);
 
-/// The plan as tables for a terminal.
-[[nodiscard]] std::string plan_text(const config::RunConfig& config, const plan::Plan& plan);
+/// Where `config` came from, as the command line said it.
+struct ConfigSource {
+  std::string path;
+  std::vector<std::string> settings = {};  ///< "key=value" of each --set
+};
+
+/// The plan for a terminal: time and memory in short, the command that runs it, and tables.
+[[nodiscard]] std::string plan_text(const config::RunConfig& config, const plan::Plan& plan,
+                                    const ConfigSource& source);
 
 /// The plan as one JSON object; bytes and seconds.
 [[nodiscard]] std::string plan_json(const config::RunConfig& config, const plan::Plan& plan);

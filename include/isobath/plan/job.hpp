@@ -74,6 +74,14 @@ struct Job {
   /// The most of n_rows rows that one rank solves: whole tiles.
   [[nodiscard]] double largest_row_share(double n_rows) const;
   [[nodiscard]] bool is_streamed() const { return config.residency == "streamed"; }
+  /// Whether quantize measures D again.
+  [[nodiscard]] bool reestimates() const {
+    const config::Reestimate& reestimate = config.quantization.reestimate;
+    return is_weighted() && reestimate.policy != "never" && reestimate.blocks < model.n_blocks;
+  }
+  /// Whether resident weights of the next block come from another stage while one is in work.
+  [[nodiscard]] bool shares_next_block() const { return !is_streamed() && layout.stages > 1; }
+  [[nodiscard]] int64_t ranks_on_node() const { return std::min(cluster.ranks_per_node, layout.n_ranks()); }
   /// Hidden states that travel through the quantize pass: the original model's too, or not.
   [[nodiscard]] int64_t streams() const { return is_asymmetric() ? 2 : 1; }
   /// Last blocks of a stage that keep their activations for the backward pass; the others are recomputed.

@@ -25,13 +25,29 @@ struct RankMemory {
 /// measure   weights; one input for each block and microbatch in flight (1F1B: stages − stage), and what the
 ///           backward pass needs of as many blocks as ranks.activation_gib holds; the backward pass of one
 ///           block, or the logits of one chunk; D of its blocks; two messages a direction
+///           (streamed: inputs of all blocks, on the host; gradients of all sequences; D and activations of
+///           one block)
+/// re-estimation  measure's, of the blocks that the first one still passes through; what quantize has between
+///           two blocks: hidden states, the next block, codes being written; with loss kl the original's
+///           last hidden states
 /// quantize  weights; the block in work and its codes; hidden states of its share of the sequences, twice
 ///           with an asymmetric correction; then, while H of the modules of one input set is summed, sums and
 ///           partial sums, or, while they are solved, the H and factors (damped H, C, correction) of all
 /// evaluate  the blocks of both models; two hidden states; the logits of one chunk
 [[nodiscard]] RankMemory measure_memory(const Job& job, int stage);
+[[nodiscard]] RankMemory reestimation_memory(const Job& job, int stage);
 [[nodiscard]] RankMemory quantize_memory(const Job& job, int stage);
 [[nodiscard]] RankMemory evaluate_memory(const Job& job, int stage);
+
+/// Inputs of a rank's blocks that a streamed measure keeps for its way back: zero where there is none.
+struct BlockInputs {
+  double memory_bytes = 0;
+  double disk_bytes = 0;  ///< beyond scratch.memory_gib, in scratch.directory if that is set
+};
+[[nodiscard]] BlockInputs block_inputs(const Job& job, int stage);
+
+/// What scratch.directory holds on the node that needs the most.
+[[nodiscard]] double scratch_bytes(const Job& job);
 
 /// The most that any stage of the run asks of one device and of one node.
 struct MemoryNeed {

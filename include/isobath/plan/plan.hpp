@@ -14,7 +14,8 @@ struct DiskNeed {
   double restatistics_bytes = 0;  ///< of each re-estimation of the configuration
   double generation_bytes = 0;    ///< one saved state; checkpoint.keep of them and one in the making
   double keep = 0;
-  double model_bytes = 0;  ///< the quantized checkpoint
+  double model_bytes = 0;    ///< the quantized checkpoint
+  double scratch_bytes = 0;  ///< of a node, in scratch.directory while D is measured; not in written_bytes
   [[nodiscard]] double written_bytes() const {
     return statistics_bytes + restatistics_bytes + (keep + 1) * generation_bytes + model_bytes;
   }
@@ -30,7 +31,8 @@ struct Plan {
   int64_t segments = 1;
   int64_t proposed_microbatch = 1;  ///< the configuration's, unless another saves 5 % of the run
   /// By stage of the pipeline; empty where the run has no such stage.
-  std::vector<RankMemory> measure_memory = {}, quantize_memory = {}, evaluate_memory = {};
+  std::vector<RankMemory> measure_memory = {}, quantize_memory = {}, reestimation_memory = {},
+                          evaluate_memory = {};
   MemoryNeed need = {};
   StageTime load = {};
   std::optional<StageTime> measure = {}, evaluate = {};
@@ -52,8 +54,8 @@ struct Plan {
 /// fit.
 ///
 /// Throws   ConfigError when the grid is impossible, when a covariance is too wide to hold, or when nothing
-/// fits: with the bytes that are missing, and the smallest number of nodes of this kind, or the memory on
-/// these ranks, that would do.
+/// fits: with the bytes that are missing, the settings and the smallest number of nodes of this kind, or the
+/// memory on these ranks, that would do.
 [[nodiscard]] Plan make_plan(const config::RunConfig& config, const model::ModelConfig& model,
                              const Cluster& cluster);
 

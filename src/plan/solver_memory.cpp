@@ -1,0 +1,133 @@
+#include "solver_memory.hpp"
+
+#include <array>
+#include <isobath/quant/factor.hpp>
+
+namespace isobath::plan {
+
+double largest_module(const Job& job) {
+  double largest = 0;
+  for (int p = 0; p < model::kProjections; ++p) {
+    const auto shape = model::module_shape(job.model, static_cast<model::Projection>(p));
+    largest = std::max(largest, static_cast<double>(shape.rows) * static_cast<double>(shape.columns));
+  }
+  return largest;
+}
+
+double dequantize_bytes(const Job& job) {
+  constexpr double kStorageBytes = 2;
+  const double e = job.shapes.element_bytes;
+  return (kStorageBytes + (e == kStorageBytes ? 0 : e)) * largest_module(job);
+}
+
+double tree_levels(int64_t n_shards) {
+  return 1 + std::floor(std::log2(static_cast<double>(n_shards)));
+}
+
+namespace {
+
+// A correction at its peak: five f64 matrices and the result.
+constexpr double kCorrectionBytes = 5 * 8 + 4;
+
+/// What solving an input set holds on a rank, by phase; `root` beyond it on a rank that factorizes.
+struct SolverMemory {
+  double device_sums = 0;  ///< while H is summed
+  double host_sums = 0;    ///< partial sums, and panels of H that are complete
+  double factorizing = 0;
+  double solving = 0;
+};
+
+/// Rows in work on one rank: what the column loop holds of its tiles of the modules that are solved together:
+/// all of a set, or those that one factor serves which is spread.
+struct RowMemory {
+  double host = 0, device = 0;
+};
+RowMemory row_memory(const Job& job, int set, double d) {
+  const double e = job.shapes.element_bytes;
+  const double groups = job.is_weighted() ? static_cast<double>(job.config.sensitivity.row_groups) : 1;
+  const bool is_one_module = job.is_weighted() && job.is_spread(d);
+  double weights = 0, largest = 0;
+  for (const model::Projection p : model::input_set(set)) {
+    const double rows = std::ceil(static_cast<double>(model::module_shape(job.model, p).rows) / groups);
+    const double mine = job.largest_row_share(rows) * d;
+    largest = std::max(largest, mine);
+    weights = is_one_module ? largest : weights + groups * mine;
+  }
+  constexpr double kHeld = 4 + 1;  // errors in f32, codes
+  if (!job.cluster.has_devices()) return {.host = kHeld * weights};
+  // DeviceLoop starts from a copy of the rows, which stay on the host: in f32, transposed, and with dead
+  // channels cleared, where codes are not there yet. Then panels of the factor come, one at a time.
+  const double starting = e + (e < 4 ? 4 : 0) + 8;
+  return {.host = e * weights,
+          .device = kHeld * weights + (starting - kHeld) * largest + 4 * std::min(d, panel_columns()) * d};
+}
+
+SolverMemory whole_memory(const Job& job, int set, double d) {
+  const double matrix = 4 * d * d, triangle = panel_entries(d), sums = job.is_asymmetric() ? 2 : 1;
+  const auto units = static_cast<double>(job.units_of(set)),
+             mine = static_cast<double>(job.units_of_root(set));
+  SolverMemory memory;
+  memory.device_sums = sums * units * matrix;
+  // One partial sum arrives.
+  memory.host_sums = (sums * units * tree_levels(job.layout.shards_per_rank) + 1) * matrix;
+  // H and C of its own units, the factors of those it has done, and one in f64; or a correction in work.
+  const double done = 4 * triangle + (job.is_asymmetric() ? matrix : 0);
+  memory.factorizing = mine * sums * matrix + (mine - 1) * done +
+                       (job.is_asymmetric() ? 4 * triangle + kCorrectionBytes * d * d : 8 * triangle);
+  // Own factors, of every unit what all ranks hold, and one damped H.
+  const double shared =
+      units * ((job.needs_whole() ? 1 : 0) + (job.is_asymmetric() ? 2 : 0)) + (job.refines() ? 1 : 0);
+  // Small factors go to all ranks at once, those of wider ones panel by panel.
+  const bool at_once = d <= static_cast<double>(quant::kWholeColumns);
+  memory.solving = (at_once ? units : mine) * 4 * triangle + shared * matrix +
+                   (at_once ? 0 : 4 * std::min(d, panel_columns()) * d);
+  return memory;
+}
+
+/// Of one unit at a time, in panels that all ranks share.
+SolverMemory spread_memory(const Job& job, double d) {
+  const double ranks = static_cast<double>(job.layout.n_ranks()), width = panel_columns();
+  const double panel = width * d, own = panel_entries(d) / ranks;
+  SolverMemory memory;
+  // The first pass sums the widest panels, when none is complete; the last one when all are.
+  constexpr double kPanelsPerPass = 6;  // pipeline/panel_factor.hpp
+  memory.device_sums = 4 * kPanelsPerPass * panel;
+  memory.host_sums = std::max(4 * (kPanelsPerPass * tree_levels(job.layout.shards_per_rank) + 1) * panel,
+                              4 * own - memory.device_sums);
+  // A panel on its way, its columns divided, and the result in f32.
+  memory.factorizing = 8 * own + (8 + 8 + 4) * panel;
+  memory.solving = 4 * own + 4 * panel;
+  return memory;
+}
+
+}  // namespace
+
+void add_solver(const Job& job, RankMemory& memory) {
+  const bool has_devices = job.cluster.has_devices();
+  RankMemory::Item h{"H, factors and rows"};
+  double host = dequantize_bytes(job);
+  std::array<double, model::kInputSets> factorizing{};
+  for (int set = 0; set < model::kInputSets; ++set) {
+    const auto d = static_cast<double>(model::module_shape(job.model, model::input_set(set).front()).columns);
+    const SolverMemory phases = job.is_spread(d) ? spread_memory(job, d) : whole_memory(job, set, d);
+    const RowMemory rows = row_memory(job, set, d);
+    h.device_bytes = std::max({h.device_bytes, phases.device_sums, rows.device});
+    host = std::max(
+        {host, (has_devices ? 0 : phases.device_sums) + phases.host_sums, phases.solving + rows.host});
+    if (job.is_spread(d))
+      host = std::max(host, phases.factorizing);  // all ranks do
+    else
+      factorizing[static_cast<size_t>(set)] = phases.factorizing;
+  }
+  // Without devices the same memory holds all of it.
+  h.host_bytes = host - (has_devices ? 0 : h.device_bytes);
+  memory.items.push_back(h);
+  for (int set = 0; set < model::kInputSets; ++set) {
+    const double more = std::max(0.0, factorizing[static_cast<size_t>(set)] - host);
+    memory.root_bytes = std::max(memory.root_bytes, more);
+    memory.node_root_bytes = std::max(
+        memory.node_root_bytes, static_cast<double>(std::min(job.ranks_on_node(), job.units_of(set))) * more);
+  }
+}
+
+}  // namespace isobath::plan
