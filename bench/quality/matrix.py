@@ -17,7 +17,8 @@ import yaml
 
 # Keys that what `isobath measure` leaves depends on; every other key may differ between runs that share it.
 MEASURED = ("sensitivity.loss", "sensitivity.samples", "sensitivity.row_groups", "sensitivity.grouping",
-            "sensitivity.per_sequence", "sensitivity.probes", "sensitivity.covariance", "sensitivity.gram.bits")
+            "sensitivity.grouping_sequences", "sensitivity.per_sequence", "sensitivity.probes",
+            "sensitivity.covariance", "sensitivity.gram.bits")
 # Keys that the scores of widths depend on besides.
 SCORED = ("quantization.group", "quantization.symmetric", "quantization.clip_search")
 REFERENCE = "default"

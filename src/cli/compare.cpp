@@ -33,6 +33,14 @@ double cosine(const at::Tensor& a, const at::Tensor& b) {
   return norms > 0 ? (x * y).sum().item<double>() / norms : 0;
 }
 
+/// Whether D of a linear is that of the same rows in both.
+bool have_same_groups(const io::Hdf5Reader& a, const io::Hdf5Reader& b, const std::string& group) {
+  if (text_of(a, "/", "row_groups") != text_of(b, "/", "row_groups")) return false;
+  for (const char* name : {"/row_order", "/row_group_sizes"})
+    if (a.contains(group + name) && !at::equal(a.read(group + name), b.read(group + name))) return false;
+  return true;
+}
+
 Comparison compare(const fs::path& first, const fs::path& second) {
   const std::vector<fs::path> a_files = block_files(first), b_files = block_files(second);
   // Statistics from behind a quantized prefix lack the blocks of the prefix: those in both are compared.
@@ -76,7 +84,7 @@ Comparison compare(const fs::path& first, const fs::path& second) {
       difference.sensitivity_ratio = before > 0 ? per_token(alpha_b, b, *found) / before : 0;
       if (!result.same_tokens) continue;
       const auto [d_a, d_b] = both("token_weights");
-      if (d_a.sizes() == d_b.sizes()) difference.cosine_d = cosine(d_a, d_b);
+      if (d_a.sizes() == d_b.sizes() && have_same_groups(a, b, group)) difference.cosine_d = cosine(d_a, d_b);
     }
   }
   if (result.differences.empty())

@@ -123,8 +123,15 @@ void add_sensitivity_keys(Table& t) {
       "sensitivity.row_groups", [](auto& c) -> auto& { return c.sensitivity.row_groups; }, 1, "groups",
       "Groups of output rows with a token weight and a covariance of their own.");
   t.word(
-      "sensitivity.grouping", [](auto& c) -> auto& { return c.sensitivity.grouping; }, {"index", "head"},
-      "Which rows form a group: equal runs of them, or in q, k and v whole heads.");
+      "sensitivity.grouping", [](auto& c) -> auto& { return c.sensitivity.grouping; },
+      {"index", "head", "cluster"},
+      "Which rows form a group: equal runs of them, in q, k and v whole heads, or rows whose gradients are "
+      "large "
+      "at the same tokens.");
+  t.integer(
+      "sensitivity.grouping_sequences", [](auto& c) -> auto& { return c.sensitivity.grouping_sequences; }, 1,
+      "sequences",
+      "Calibration sequences that grouping cluster compares rows on, rounded up to whole microbatches.");
   t.real(
       "sensitivity.clip_quantile", [](auto& c) -> auto& { return c.sensitivity.clip_quantile; }, 0, false, 1,
       "Token weights above this quantile are lowered to it; 1 lowers none.");

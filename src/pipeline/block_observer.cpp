@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <isobath/sensitivity/token_weights.hpp>
 
 namespace isobath::pipeline {
@@ -24,10 +25,19 @@ BlockObserver::BlockObserver(const Session& session, const CalibrationSet& calib
       calibration_(calibration),
       block_(block),
       n_samples_(options.n_samples),
-      only_token_weights_(options.only_token_weights) {
+      only_token_weights_(options.only_token_weights),
+      profiled_(options.profiled),
+      row_groups_(options.row_groups) {
   const int replica = session.grid->replica(), n_replicas = session.grid->shape().replicas;
   local_sequences_ = calibration.shards.sequences_of(replica, n_replicas);
   const std::vector<int> owners = calibration.shards.owners(n_replicas);
+  if (profiled_ != nullptr) {
+    std::vector<int> of_leaves;
+    for (const data::Microbatch& microbatch : *profiled_)
+      of_leaves.push_back(owners[static_cast<size_t>(microbatch.shard)]);
+    for (Module& module : modules_) module.profiles.emplace_back(of_leaves, replica);
+    return;
+  }
   const config::Sensitivity& sensitivity = session.config.sensitivity;
   for (Module& module : modules_) {
     module.token_weights =
@@ -65,6 +75,12 @@ void BlockObserver::open_shard(Module& module, int64_t n_channels) {
 
 void BlockObserver::observe(model::Projection projection, const at::Tensor& x, const at::Tensor& gradient) {
   Module& module = modules_[static_cast<size_t>(projection)];
+  if (profiled_ != nullptr) {
+    const at::Tensor profile =
+        sensitivity::row_profiles(gradient, microbatch_.sequences.begin, session_.config.calibration.seed);
+    module.profile = module.profile.defined() ? module.profile.add_(profile) : profile;
+    return;
+  }
   if (!only_token_weights_) {
     if (!module.shard) open_shard(module, x.size(2));
     try {
@@ -74,7 +90,8 @@ void BlockObserver::observe(model::Projection projection, const at::Tensor& x, c
           NumericError(fmt::format("measuring {}", model::module_name(block_, projection))));
     }
   }
-  const at::Tensor weights = sensitivity::token_weights(gradient, row_groups_of(session_, projection)).cpu();
+  const at::Tensor weights =
+      sensitivity::token_weights(gradient, row_groups_[static_cast<size_t>(projection)]).cpu();
   // D of several Fisher samples is their mean.
   module.token_weights
       .slice(0, microbatch_.sequences.begin - local_sequences_.begin,
@@ -86,6 +103,12 @@ void BlockObserver::observe(model::Projection projection, const at::Tensor& x, c
 }
 
 void BlockObserver::finish_microbatch(bool is_last_of_shard) {
+  if (profiled_ != nullptr) {
+    const auto leaf = std::ranges::find(*profiled_, microbatch_.index, &data::Microbatch::index);
+    for (Module& module : modules_)
+      module.profiles[0].add(leaf - profiled_->begin(), std::exchange(module.profile, {}));
+    return;
+  }
   if (only_token_weights_) return;
   for (Module& module : modules_) {
     for (size_t k = 0; k < module.shard_covariances.size(); ++k) {
@@ -137,8 +160,14 @@ Perturbations BlockObserver::gather(const Perturbations& local) const {
   return all;
 }
 
+at::Tensor BlockObserver::reduce_profile(model::Projection projection) {
+  ISOBATH_CHECK(profiled_ != nullptr, "block {} observed no row profiles", block_);
+  return modules_[static_cast<size_t>(projection)].profiles[0].reduce_to(root(), session_.grid->replicas());
+}
+
 BlockStatistics BlockObserver::reduce() {
-  ISOBATH_CHECK(!only_token_weights_, "block {} observed nothing but token weights", block_);
+  ISOBATH_CHECK(!only_token_weights_ && profiled_ == nullptr,
+                "block {} observed nothing but token weights or row profiles", block_);
   const comm::Communicator& replicas = session_.grid->replicas();
   const bool is_root = replicas.rank() == root();
   const config::Sensitivity& sensitivity = session_.config.sensitivity;
@@ -155,6 +184,7 @@ BlockStatistics BlockObserver::reduce() {
     if (module.perturbations) statistics.perturbations = gather(module.perturbations->value());
     if (!is_root) continue;
     const auto channels = sensitivity::ChannelStatistics::from(sums, maxima);
+    statistics.row_groups = row_groups_[p];
     statistics.sum_x2 = channels.sum_squares();
     statistics.max_abs_x = maxima;
     // Fisher samples are draws of the same expectation: sums over them become means.

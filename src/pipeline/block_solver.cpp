@@ -25,6 +25,12 @@ quant::QuantizedMatrix zero_matrix(int64_t n_rows, int64_t n_columns, const quan
           .zero = at::zeros({n_rows, n_groups}, at::kChar)};
 }
 
+// Rows in the order of their groups to their places in the linear.
+void return_rows(quant::QuantizedMatrix& matrix, const at::Tensor& order) {
+  const at::Tensor places = order.argsort();
+  for (at::Tensor* part : {&matrix.codes, &matrix.scale, &matrix.zero}) *part = part->index_select(0, places);
+}
+
 }  // namespace
 
 BlockSolver::BlockSolver(const Session& session, const CalibrationSet& calibration)
@@ -150,6 +156,8 @@ std::vector<Solved> BlockSolver::solve(int64_t block, const std::vector<SolveTas
       unit->h = unit->c = unit->correction = at::Tensor();
     }
   }
+  for (size_t t = 0; t < tasks.size(); ++t)
+    if (tasks[t].row_groups.order.defined()) return_rows(solved[t].matrix, tasks[t].row_groups.order);
   for (Solved& one : solved) {
     ModuleRecord& record = one.record;
     record.wall_s = timer.seconds();

@@ -25,7 +25,7 @@ namespace {
 class Stage {
  public:
   Stage(const Session& session, const CalibrationSet& calibration, const model::WeightStore& weights,
-        const MeasurePass& pass, bool only_token_weights)
+        const MeasurePass& pass, const BlockObserver::Options& collected)
       : session_(session),
         calibration_(calibration),
         weights_(weights),
@@ -39,12 +39,8 @@ class Stage {
                   is_entry() ? -1 : session.grid->stage() - 1) {
     if (!takes_part()) return;
     for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
-      const model::BlockWeights perturbed = weights.block(block);
-      observers_.emplace_back(
-          session, calibration, block,
-          BlockObserver::Options{.n_samples = steps_.loss().n_samples,
-                                 .only_token_weights = only_token_weights,
-                                 .perturbed = pass.with_perturbations ? &perturbed : nullptr});
+      const model::BlockWeights of_block = weights.block(block);
+      observers_.emplace_back(session, calibration, block, steps_.options_of(collected, block, of_block));
     }
     if (is_entry() && !pass.source) embedding_ = weights.embedding();
     if (session.is_last_stage()) head_ = weights.head();
@@ -168,7 +164,7 @@ void measure_pipelined(const Session& session, const CalibrationSet& calibration
   const comm::Communicator& world = session.world();
   const comm::GridShape shape = session.grid->shape();
   // Each replica takes its logical shards, a segment at a time; a segment is whole shards.
-  Stage stage(session, calibration, weights, pass, /*only_token_weights=*/false);
+  Stage stage(session, calibration, weights, pass, {});
   const data::ShardPlan& shards = calibration.shards;
   const std::vector<data::Microbatch> mine = shards.microbatches_of(session.grid->replica(), shape.replicas);
   const auto n_microbatches = static_cast<int64_t>(shards.microbatches().size());
@@ -224,6 +220,16 @@ void measure_pipelined(const Session& session, const CalibrationSet& calibration
 
 }  // namespace
 
+// "2", "2 by head", "2 by cluster, of 8 sequences".
+static std::string row_groups_text(const config::Sensitivity& sensitivity) {
+  std::string text = std::to_string(sensitivity.row_groups);
+  if (clusters_rows(sensitivity))
+    text += fmt::format(" by cluster, of {} sequences", sensitivity.grouping_sequences);
+  else if (sensitivity.row_groups > 1 && sensitivity.grouping == "head")
+    text += " by head";
+  return text;
+}
+
 StatisticsHeader statistics_header(const Session& session, const CalibrationSet& calibration,
                                    const std::string& loss_of_pass) {
   const config::Sensitivity& sensitivity = session.config.sensitivity;
@@ -238,9 +244,7 @@ StatisticsHeader statistics_header(const Session& session, const CalibrationSet&
           {"seed", std::to_string(session.config.calibration.seed)},
           {"loss", loss},
           {"samples", std::to_string(loss == "fisher" ? sensitivity.samples : 1)},
-          {"row_groups",
-           fmt::format("{}{}", sensitivity.row_groups,
-                       sensitivity.row_groups > 1 && sensitivity.grouping == "head" ? " by head" : "")},
+          {"row_groups", row_groups_text(sensitivity)},
           {"per_sequence", sensitivity.per_sequence},
           {"probes", std::to_string(sensitivity.per_sequence == "probes" ? sensitivity.probes : 0)},
           {"compute_dtype", c10::toString(session.dtype)}};
@@ -284,45 +288,22 @@ MeasureResult measure(const Session& session, const CalibrationSet& calibration,
   return result;
 }
 
-std::map<int64_t, std::array<at::Tensor, model::kProjections>> measure_token_weights(
-    const Session& session, const CalibrationSet& calibration, const model::WeightStore& weights,
-    const MeasurePass& pass, const std::vector<data::Microbatch>& probe) {
+void visit_probe(const Session& session, const CalibrationSet& calibration, const model::WeightStore& weights,
+                 const MeasurePass& pass, const std::vector<data::Microbatch>& probe,
+                 const BlockObserver::Options& collected, const TakeObserver& take) {
   comm::Watchdog::set_activity(pass.title);
   const Range local =
       calibration.shards.sequences_of(session.grid->replica(), session.grid->shape().replicas);
   std::vector<data::Microbatch> mine;
-  int64_t n_sequences = 0;
-  for (const data::Microbatch& microbatch : probe) {
+  for (const data::Microbatch& microbatch : probe)
     if (local.contains(microbatch.sequences.begin)) mine.push_back(microbatch);
-    n_sequences += microbatch.sequences.size();
-  }
-
-  std::map<int64_t, std::array<at::Tensor, model::kProjections>> found;
-  const auto gather = [&](int64_t block, BlockObserver& observer) {
-    auto& modules = found[block];
-    for (int p = 0; p < model::kProjections; ++p) {
-      const at::Tensor& observed = observer.token_weights(static_cast<model::Projection>(p));
-      at::Tensor& all = modules[static_cast<size_t>(p)];
-      all = at::zeros({n_sequences, observed.size(1), observed.size(2)}, at::kFloat);
-      int64_t row = 0;
-      for (const data::Microbatch& microbatch : probe) {
-        const int64_t n = microbatch.sequences.size();
-        if (local.contains(microbatch.sequences.begin))
-          all.slice(0, row, row + n)
-              .copy_(observed.slice(0, microbatch.sequences.begin - local.begin,
-                                    microbatch.sequences.end - local.begin));
-        row += n;
-      }
-      share_disjoint(all, session.grid->replicas());
-    }
-  };
   at::Tensor losses =
       at::zeros({std::ssize(calibration.shards.microbatches()), 3}, at::kDouble);  // of no interest here
   if (weights.is_streamed()) {
-    sweep_back(session, calibration, weights, pass, mine, /*only_token_weights=*/true, losses, gather);
-    return found;
+    sweep_back(session, calibration, weights, pass, mine, collected, losses, take);
+    return;
   }
-  Stage stage(session, calibration, weights, pass, /*only_token_weights=*/true);
+  Stage stage(session, calibration, weights, pass, collected);
   {
     report::Progress progress(
         pass.title, std::ssize(mine), "microbatches", 0,
@@ -330,7 +311,37 @@ std::map<int64_t, std::array<at::Tensor, model::kProjections>> measure_token_wei
     stage.run(mine, losses, progress);
   }
   for (size_t i = 0; i < stage.observers().size(); ++i)
-    gather(stage.blocks().begin + static_cast<int64_t>(i), stage.observers()[i]);
+    take(stage.blocks().begin + static_cast<int64_t>(i), stage.observers()[i]);
+}
+
+std::map<int64_t, std::array<at::Tensor, model::kProjections>> measure_token_weights(
+    const Session& session, const CalibrationSet& calibration, const model::WeightStore& weights,
+    const MeasurePass& pass, const std::vector<data::Microbatch>& probe) {
+  const Range local =
+      calibration.shards.sequences_of(session.grid->replica(), session.grid->shape().replicas);
+  int64_t n_sequences = 0;
+  for (const data::Microbatch& microbatch : probe) n_sequences += microbatch.sequences.size();
+
+  std::map<int64_t, std::array<at::Tensor, model::kProjections>> found;
+  visit_probe(session, calibration, weights, pass, probe, {.only_token_weights = true},
+              [&](int64_t block, BlockObserver& observer) {
+                auto& modules = found[block];
+                for (int p = 0; p < model::kProjections; ++p) {
+                  const at::Tensor& observed = observer.token_weights(static_cast<model::Projection>(p));
+                  at::Tensor& all = modules[static_cast<size_t>(p)];
+                  all = at::zeros({n_sequences, observed.size(1), observed.size(2)}, at::kFloat);
+                  int64_t row = 0;
+                  for (const data::Microbatch& microbatch : probe) {
+                    const int64_t n = microbatch.sequences.size();
+                    if (local.contains(microbatch.sequences.begin))
+                      all.slice(0, row, row + n)
+                          .copy_(observed.slice(0, microbatch.sequences.begin - local.begin,
+                                                microbatch.sequences.end - local.begin));
+                    row += n;
+                  }
+                  share_disjoint(all, session.grid->replicas());
+                }
+              });
   return found;
 }
 

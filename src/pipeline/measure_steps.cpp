@@ -21,6 +21,16 @@ MeasureSteps::MeasureSteps(const Session& session, const CalibrationSet& calibra
       rotary_(model::Rotary::make(session.model(), calibration.tokens.length(), session.device)),
       loss_(loss_of(session, pass)) {}
 
+BlockObserver::Options MeasureSteps::options_of(BlockObserver::Options collected, int64_t block,
+                                                const model::BlockWeights& weights) const {
+  collected.n_samples = loss_.n_samples;
+  if (pass_.with_perturbations) collected.perturbed = &weights;
+  if (collected.profiled == nullptr)
+    collected.row_groups =
+        clusters_rows(session_.config.sensitivity) ? pass_.row_groups.at(block) : row_groups_of(session_);
+  return collected;
+}
+
 at::Tensor MeasureSteps::enter(const at::Tensor& embedding, const data::Microbatch& microbatch) const {
   if (pass_.source) return pass_.source(microbatch);
   return model::embed(embedding, calibration_.tokens_of(microbatch.sequences).to(session_.device));

@@ -15,6 +15,10 @@ class MeasureSteps {
   MeasureSteps(const Session& session, const CalibrationSet& calibration, const MeasurePass& pass);
 
   [[nodiscard]] const model::LossSpec& loss() const { return loss_; }
+  /// Options of the observer of a block that collects what `collected` says: with the number of gradients,
+  /// the row groups, and the weights to perturb if the pass scores widths.
+  [[nodiscard]] BlockObserver::Options options_of(BlockObserver::Options collected, int64_t block,
+                                                  const model::BlockWeights& weights) const;
   /// Hidden states at the entrance of the first block. embedding: needed without a source.
   [[nodiscard]] at::Tensor enter(const at::Tensor& embedding, const data::Microbatch& microbatch) const;
   [[nodiscard]] at::Tensor forward(const model::BlockWeights& weights, const at::Tensor& input,
@@ -55,7 +59,14 @@ using TakeObserver = std::function<void(int64_t block, BlockObserver& observer)>
 /// Collective over the session's world.
 void sweep_back(const Session& session, const CalibrationSet& calibration, const model::WeightStore& weights,
                 const MeasurePass& pass, const std::vector<data::Microbatch>& microbatches,
-                bool only_token_weights, at::Tensor& losses, const TakeObserver& take);
+                const BlockObserver::Options& collected, at::Tensor& losses, const TakeObserver& take);
+
+/// The pass over the microbatches of `probe` alone (whole ones of the calibration set, ascending, on every
+/// rank the same), resident or streamed, collecting what `collected` says; `take` gets the observers of this
+/// stage's blocks, on all its replicas in the same order. Collective over the session's world.
+void visit_probe(const Session& session, const CalibrationSet& calibration, const model::WeightStore& weights,
+                 const MeasurePass& pass, const std::vector<data::Microbatch>& probe,
+                 const BlockObserver::Options& collected, const TakeObserver& take);
 
 /// The same for all microbatches of the replica; writes the statistics of each block as soon as it is done.
 void measure_streamed(const Session& session, const CalibrationSet& calibration,

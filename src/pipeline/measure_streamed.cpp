@@ -12,8 +12,8 @@
 namespace isobath::pipeline {
 
 void sweep_back(const Session& session, const CalibrationSet& calibration, const model::WeightStore& weights,
-                const MeasurePass& pass, const std::vector<data::Microbatch>& mine, bool only_token_weights,
-                at::Tensor& losses, const TakeObserver& take) {
+                const MeasurePass& pass, const std::vector<data::Microbatch>& mine,
+                const BlockObserver::Options& collected, at::Tensor& losses, const TakeObserver& take) {
   const at::NoGradGuard no_grad;
   const comm::Communicator& world = session.world();
   const MeasureSteps steps(session, calibration, pass);
@@ -63,10 +63,7 @@ void sweep_back(const Session& session, const CalibrationSet& calibration, const
   // Back through the blocks; each one's statistics are whole when it is left.            one block at a time
   std::optional<BlockObserver> observer;
   backward.begin_block = [&](int64_t block, const model::BlockWeights& block_weights) {
-    observer.emplace(session, calibration, block,
-                     BlockObserver::Options{.n_samples = steps.loss().n_samples,
-                                            .only_token_weights = only_token_weights,
-                                            .perturbed = pass.with_perturbations ? &block_weights : nullptr});
+    observer.emplace(session, calibration, block, steps.options_of(collected, block, block_weights));
   };
   backward.step = [&](int64_t block, const model::BlockWeights& block_weights, int64_t item,
                       const at::Tensor& gradient) {
@@ -88,7 +85,7 @@ void measure_streamed(const Session& session, const CalibrationSet& calibration,
   const StatisticsHeader header = statistics_header(session, calibration, pass.loss);
   const std::vector<data::Microbatch> mine =
       calibration.shards.microbatches_of(session.grid->replica(), session.grid->shape().replicas);
-  sweep_back(session, calibration, weights, pass, mine, /*only_token_weights=*/false, losses,
+  sweep_back(session, calibration, weights, pass, mine, {}, losses,
              [&](int64_t block, BlockObserver& observer) {
                const trace::Span span("reduce and write statistics", block);
                const BlockStatistics statistics = observer.reduce();

@@ -19,6 +19,7 @@
 #include <isobath/pipeline/hidden_streams.hpp>
 #include <isobath/pipeline/model_output.hpp>
 #include <isobath/pipeline/reestimation.hpp>
+#include <isobath/pipeline/row_grouping.hpp>
 #include <isobath/report/progress.hpp>
 #include <nlohmann/json.hpp>
 
@@ -188,10 +189,14 @@ class QuantizePass {
     return_free_memory();
     model::BlockWeights weights = share_block(block);
     std::array<at::Tensor, model::kProjections> token_weights;
+    BlockRowGroups row_groups;
     if (is_weighted_) {
       const trace::Span reading("read token weights", block);
-      session_.world().agree_on(
-          [&] { token_weights = read_token_weights(reestimation_.statistics(state_), block); });
+      session_.world().agree_on([&] {
+        const fs::path statistics = reestimation_.statistics(state_);
+        token_weights = read_token_weights(statistics, block);
+        row_groups = row_groups_in(session_, statistics, block);
+      });
     }
 
     const bool travels = block < n_travelled_;
@@ -204,8 +209,9 @@ class QuantizePass {
         const auto choice =
             config::choice_for(session_.config.quantization, model::module_name(block, projection));
         if (choice.quantized)
-          tasks.push_back(
-              {projection, grid_of(session_, choice), token_weights[static_cast<size_t>(projection)]});
+          tasks.push_back({projection, grid_of(session_, choice),
+                           token_weights[static_cast<size_t>(projection)],
+                           row_groups[static_cast<size_t>(projection)]});
       }
       if (!tasks.empty()) {
         std::vector<Solved> solved = travels

@@ -6,6 +6,7 @@
 #include <isobath/core/timer.hpp>
 #include <isobath/pipeline/drift.hpp>
 #include <isobath/pipeline/original_outputs.hpp>
+#include <isobath/pipeline/row_grouping.hpp>
 #include <nlohmann/json.hpp>
 
 namespace isobath::pipeline {
@@ -48,6 +49,13 @@ MeasurePass Reestimation::pass_from(int64_t block, const std::string& title, con
   const config::Reestimate& reestimate = session_.config.quantization.reestimate;
   MeasurePass pass{.title = title, .first_block = block, .source = {}, .directory = directory_of(block)};
   if (reestimate.loss != "same") pass.loss = reestimate.loss;
+  // Clusters of rows stay those of the first measurement.
+  if (clusters_rows(session_.config.sensitivity))
+    session_.world().agree_on([&] {
+      const Range mine = session_.my_blocks();
+      for (int64_t b = std::max(block, mine.begin); b < mine.end; ++b)
+        pass.row_groups[b] = row_groups_in(session_, statistics_, b);
+    });
   pass.source = [this, &streams](const data::Microbatch& microbatch) {
     const comm::Communicator& world = session_.world();
     const int holder =

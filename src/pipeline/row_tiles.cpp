@@ -39,14 +39,17 @@ void copy_rows(quant::QuantizedMatrix to, const quant::QuantizedMatrix& from) {
 /// This rank's tiles of the rows of one module that a unit serves.
 class SetRows::RowTiles {
  public:
-  RowTiles(const Session& session, const SolverUnit& unit, const at::Tensor& weight,
+  /// rows: of `weight`, one by one, or undefined: all of them.
+  RowTiles(const Session& session, const SolverUnit& unit, const at::Tensor& weight, const at::Tensor& rows,
            quant::QuantizedMatrix matrix)
       : session_(session),
         unit_(unit),
         matrix_(std::move(matrix)),
         weight_(weight),
-        height_(quant::tile_rows(weight.size(0))),
-        n_tiles_((weight.size(0) + height_ - 1) / height_),
+        rows_(rows),
+        n_rows_(rows.defined() ? rows.size(0) : weight.size(0)),
+        height_(quant::tile_rows(n_rows_)),
+        n_tiles_((n_rows_ + height_ - 1) / height_),
         every_(weight.size(1) < kSampledColumns ? 1 : kSampledTiles),
         objectives_(at::zeros({n_tiles_, 3}, at::kDouble)) {}
 
@@ -68,7 +71,8 @@ class SetRows::RowTiles {
       rounded_.emplace_back(tile, quant::FactoredObjective(std::exchange(difference, {}), unit_.factor));
     differences_.clear();
     if (share_.solved.size() == 0) return;
-    const at::Tensor own = weight_.slice(0, share_.solved.begin * height_, share_.solved.end * height_).cpu();
+    const at::Tensor own =
+        weights_of({share_.solved.begin * height_, std::min(n_rows_, share_.solved.end * height_)}).cpu();
     target_ = unit_.correction.defined()
                   ? quant::corrected(own, unit_.correction, session_.config.quantization.asymmetric.strength)
                   : own;
@@ -97,23 +101,25 @@ class SetRows::RowTiles {
       rounded += objectives_[tile][0].item<double>();
       n_sampled_rows += rows_in(tile).size();
     }
-    record.objective_rounded +=
-        rounded * static_cast<double>(weight_.size(0)) / static_cast<double>(n_sampled_rows);
+    record.objective_rounded += rounded * static_cast<double>(n_rows_) / static_cast<double>(n_sampled_rows);
     if (unit_.c.defined()) record.objective_asymmetric = record.objective_asymmetric.value_or(0) + asymmetric;
   }
 
  private:
   [[nodiscard]] Range rows_in(int64_t tile) const {
-    return {tile * height_, std::min(weight_.size(0), (tile + 1) * height_)};
+    return {tile * height_, std::min(n_rows_, (tile + 1) * height_)};
   }
-  [[nodiscard]] at::Tensor tile_of(const at::Tensor& rows, int64_t tile) const {
-    const Range range = rows_in(tile);
-    return rows.slice(0, range.begin, range.end).to(at::kCPU, at::kFloat).contiguous();
+  [[nodiscard]] at::Tensor weights_of(Range rows) const {
+    return rows_.defined() ? weight_.index_select(0, rows_.slice(0, rows.begin, rows.end))
+                           : weight_.slice(0, rows.begin, rows.end);
+  }
+  [[nodiscard]] at::Tensor tile_of(int64_t tile) const {
+    return weights_of(rows_in(tile)).to(at::kCPU, at::kFloat).contiguous();
   }
 
   void round(const std::vector<int64_t>& tiles) {
     for (const int64_t tile : tiles) {
-      const at::Tensor original = tile_of(weight_, tile);
+      const at::Tensor original = tile_of(tile);
       const at::Tensor rounded =
           quant::dequantize(quant::round_to_nearest(original, {}, matrix_.spec)).to(at::kFloat);
       differences_.emplace_back(tile, rounded - original);
@@ -122,8 +128,7 @@ class SetRows::RowTiles {
 
   void keep_nearest() {
     for (int64_t tile = share_.solved.begin; tile < share_.solved.end; ++tile) {
-      copy_rows(rows_of(matrix_, rows_in(tile)),
-                quant::round_to_nearest(tile_of(weight_, tile), {}, matrix_.spec));
+      copy_rows(rows_of(matrix_, rows_in(tile)), quant::round_to_nearest(tile_of(tile), {}, matrix_.spec));
       objectives_[tile].fill_(std::numeric_limits<double>::quiet_NaN());
     }
   }
@@ -149,7 +154,7 @@ class SetRows::RowTiles {
         part = quant::refine(part, target, damped_h, n_sweeps);
         copy_rows(rows_of(matrix_, range), part);
       }
-      const at::Tensor original = tile_of(weight_, tile), values = quant::dequantize(part);
+      const at::Tensor original = tile_of(tile), values = quant::dequantize(part);
       objectives_[tile][1] = quant::objective(original, values, unit_.h);
       if (unit_.c.defined())
         objectives_[tile][2] = quant::asymmetric_objective(original, values, unit_.h, unit_.c);
@@ -159,8 +164,9 @@ class SetRows::RowTiles {
   const Session& session_;
   const SolverUnit& unit_;
   quant::QuantizedMatrix matrix_;  ///< all rows; shares its tensors with the module's
-  at::Tensor weight_;              ///< [rows, C]
-  int64_t height_, n_tiles_, every_;
+  at::Tensor weight_;              ///< [rows, C], or of the whole module where rows_ choose
+  at::Tensor rows_;                ///< [n_rows] i64, or undefined
+  int64_t n_rows_, height_, n_tiles_, every_;
   TileShare share_;
   at::Tensor objectives_;  ///< [tiles, 3] f64: rounded, chosen, asymmetric
   at::Tensor target_;      ///< this rank's rows, corrected
@@ -180,8 +186,13 @@ SetRows::SetRows(const Session& session, const std::vector<SolverUnit*>& units,
     const SolverUnit& unit = *units[u];
     for (const SolverUnit::Rows& served : unit.serves) {
       const at::Tensor& weight = weights[tasks[served.task].projection].weight;
-      modules_[u].emplace_back(session, unit, weight.slice(0, served.rows.begin, served.rows.end),
-                               rows_of(solved[served.task].matrix, served.rows));
+      const at::Tensor& order = tasks[served.task].row_groups.order;
+      const Range& rows = served.rows;
+      const bool is_scattered = order.defined();
+      modules_[u].emplace_back(
+          session, unit, is_scattered ? weight : weight.slice(0, rows.begin, rows.end),
+          is_scattered ? order.slice(0, rows.begin, rows.end).to(weight.device()) : at::Tensor(),
+          rows_of(solved[served.task].matrix, rows));
       work.push_back(modules_[u].back().work());
     }
     // All ranks factorize what is spread.

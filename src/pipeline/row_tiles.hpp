@@ -26,7 +26,8 @@ class SetRows {
   /// rank.
   ///
   /// solved   the codes of the rows that the units serve are written in place of those the constructor got,
-  /// objectives added to the records'. Collective over the session's world.
+  /// in the order of the row groups; objectives are added to the records'. Collective over the session's
+  /// world.
   void solve(std::vector<Solved>& solved);
 
  private:

@@ -11,6 +11,7 @@
 #include <isobath/pipeline/measure.hpp>
 #include <isobath/pipeline/prediction.hpp>
 #include <isobath/pipeline/quantize.hpp>
+#include <isobath/pipeline/row_grouping.hpp>
 #include <isobath/pipeline/validate.hpp>
 #include <isobath/report/progress.hpp>
 #include <isobath/report/table.hpp>
@@ -242,9 +243,12 @@ void run(const config::RunConfig& given, const std::vector<Stage>& stages, bool 
   const bool is_measured = !config.sensitivity.reuse.empty() || directory.is_complete("measure");
   const bool is_measure_alone = stages.size() == 1;
   if (contains(stages, Stage::measure) && !is_measured && (is_weighted || is_measure_alone)) {
-    closing.measured = measure(
-        session, calibration, weights,
-        {.title = "measure", .source = {}, .directory = statistics, .with_perturbations = true}, events);
+    const Timer measuring;
+    MeasurePass pass{.title = "measure", .source = {}, .directory = statistics, .with_perturbations = true};
+    if (clusters_rows(config.sensitivity))
+      pass.row_groups = measure_row_groups(session, calibration, weights, events);
+    closing.measured = measure(session, calibration, weights, pass, events);
+    closing.measured->wall_s = measuring.seconds();
     prediction.record("measure", closing.measured->wall_s, events);
     directory.mark_complete("measure");
     return_free_memory();  // quantize's peak is its own, not on top of this one's

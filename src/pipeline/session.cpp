@@ -208,11 +208,21 @@ model::WeightStore open_weights(const Session& session,
   return weights;
 }
 
-std::vector<Range> row_groups_of(const Session& session, model::Projection projection) {
+BlockRowGroups row_groups_of(const Session& session) {
   const config::Sensitivity& sensitivity = session.config.sensitivity;
-  return sensitivity::row_ranges(
-      model::module_shape(session.model(), projection).rows, sensitivity.row_groups,
-      sensitivity.grouping == "head" ? model::rows_of_head(session.model(), projection) : 1);
+  ISOBATH_CHECK(!clusters_rows(sensitivity), "the rows of clusters are not known from the configuration");
+  BlockRowGroups groups;
+  for (int p = 0; p < model::kProjections; ++p) {
+    const auto projection = static_cast<model::Projection>(p);
+    groups[static_cast<size_t>(p)] = sensitivity::row_ranges(
+        model::module_shape(session.model(), projection).rows, sensitivity.row_groups,
+        sensitivity.grouping == "head" ? model::rows_of_head(session.model(), projection) : 1);
+  }
+  return groups;
+}
+
+bool clusters_rows(const config::Sensitivity& sensitivity) {
+  return sensitivity.row_groups > 1 && sensitivity.grouping == "cluster";
 }
 
 model::BlockWeights take_block(const Session& session, const model::WeightStore& weights, int64_t block,

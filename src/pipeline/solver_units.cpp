@@ -55,7 +55,7 @@ std::vector<SolverUnit> make_units(const Session& session, const std::vector<Sol
       units.back().serves.push_back({t, {0, n_rows}});
       continue;
     }
-    const std::vector<Range> groups = row_groups_of(session, tasks[t].projection);
+    const std::vector<Range>& groups = tasks[t].row_groups.ranges;
     for (int64_t k = 0; k < std::ssize(groups); ++k) {
       SolverUnit unit;
       unit.serves.push_back({t, groups[static_cast<size_t>(k)]});

@@ -10,7 +10,7 @@ namespace isobath::pipeline {
 struct SolverUnit {
   struct Rows {
     size_t task;
-    Range rows;
+    Range rows;  ///< in the order of the task's row groups
   };
   std::vector<Rows> serves;
   at::Tensor token_weights;  // [n, T] f32 robust and normalised to mean 1, then shrunk; undefined: D = 1

@@ -75,6 +75,13 @@ void write_statistics(const std::filesystem::path& directory, int64_t block, con
             "sum_s ||G_s^T X_s,:j||^2 (activation sensitivity, eq. 5)");
     dataset("covariance", module.covariance, "nat^2 per weight unit^2",
             "H[k] = sum_i D[i,k] x_i x_i^T, raw D");
+    if (module.row_groups.order.defined()) {
+      std::vector<int64_t> sizes;
+      for (const Range& range : module.row_groups.ranges) sizes.push_back(range.size());
+      dataset("row_order", module.row_groups.order, "output channels",
+              "the output channels, those of row group 0 first, ascending in each group");
+      dataset("row_group_sizes", at::tensor(sizes, at::kLong), "output channels", "channels of row group k");
+    }
     if (!module.perturbations.bits.empty()) write_perturbations(file, group, module.perturbations);
     file.attribute(group, "module", model::module_name(block, static_cast<model::Projection>(p)));
     file.attribute(group, "n_tokens", module.n_tokens);
@@ -90,6 +97,37 @@ std::array<at::Tensor, model::kProjections> read_token_weights(const std::filesy
   for (int p = 0; p < model::kProjections; ++p)
     weights[static_cast<size_t>(p)] = file.read(group_of(p) + "/token_weights");
   return weights;
+}
+
+std::array<sensitivity::RowGroups, model::kProjections> read_row_groups(
+    const std::filesystem::path& directory, int64_t block) {
+  const auto path = statistics_path(directory, block);
+  const io::Hdf5Reader file(path);
+  std::array<sensitivity::RowGroups, model::kProjections> result;
+  for (int p = 0; p < model::kProjections; ++p) {
+    const std::string group = group_of(p);
+    if (!file.contains(group + "/row_order") || !file.contains(group + "/row_group_sizes"))
+      fail<DataError>("{}: expected {}/row_order and row_group_sizes of clustered row groups, found none",
+                      path.string(), group);
+    sensitivity::RowGroups& groups = result[static_cast<size_t>(p)];
+    groups.order = file.read(group + "/row_order").to(at::kLong).contiguous();
+    const at::Tensor sizes = file.read(group + "/row_group_sizes").to(at::kLong);
+    const bool is_permutation =
+        groups.order.dim() == 1 &&
+        at::equal(std::get<0>(groups.order.sort()), at::arange(groups.order.numel(), at::kLong));
+    if (!is_permutation || sizes.dim() != 1 || sizes.numel() == 0 || sizes.min().item<int64_t>() < 1 ||
+        sizes.sum().item<int64_t>() != groups.order.numel())
+      fail<DataError>(
+          "{}: {}: expected each output channel once in row_order, and row_group_sizes that add up "
+          "to their number",
+          path.string(), group);
+    int64_t begin = 0;
+    for (int64_t k = 0; k < sizes.numel(); ++k) {
+      groups.ranges.push_back({begin, begin + sizes[k].item<int64_t>()});
+      begin = groups.ranges.back().end;
+    }
+  }
+  return result;
 }
 
 std::array<ModuleScores, model::kProjections> read_perturbations(const std::filesystem::path& directory,

@@ -239,6 +239,11 @@ void add(StageTime& total, const StageTime& part, double times) {
   total.disk_s += times * part.disk_s;
 }
 
+double share_of(const Job& job, int64_t n_sequences) {
+  return std::min(1.0,
+                  static_cast<double>(n_sequences) / static_cast<double>(job.config.calibration.sequences));
+}
+
 /// Seconds to read `share` of the blocks as they stand in the checkpoint, by each of the replicas.
 double stream_s(const Job& job, double n_blocks, double readers) {
   return job.is_streamed() ? read_s(job.cluster, n_blocks * job.stored_block_bytes() * readers, job.nodes())
@@ -265,14 +270,21 @@ StageTime measure_time(const Job& job, int64_t first_block) {
     compute = std::max(compute, computing);
     step = std::max(step, computing + transfer_s(job, stage, entry_stage));
   }
-  const auto n = static_cast<double>(layout.microbatches_per_replica);
+  // Clusters of rows are found on a few sequences first, in a pass of their own.
+  const config::Sensitivity& sensitivity = job.config.sensitivity;
+  const bool is_grouping =
+      first_block == 0 && sensitivity.grouping == "cluster" && sensitivity.row_groups > 1;
+  const double grouped = is_grouping ? share_of(job, sensitivity.grouping_sequences) : 0;
+  const double n_passes = is_grouping ? 2 : 1;
+  const double n = (1 + grouped) * static_cast<double>(layout.microbatches_per_replica);
   StageTime time{.name = "measure", .compute_s = n * compute, .communication_s = n * (step - compute)};
-  time.idle_s = static_cast<double>(layout.segments) * (layout.stages - entry_stage - 1) * step;
+  time.idle_s =
+      (static_cast<double>(layout.segments) + n_passes - 1) * (layout.stages - entry_stage - 1) * step;
   if (job.is_streamed()) {
     // One stage works at a time. Each block is read forward and backward while the one before computes.
     time.idle_s = n * (sum - compute);
-    const double reading =
-        stream_s(job, 2 * (job.shapes.n_blocks - static_cast<double>(first_block)), layout.replicas);
+    const double reading = stream_s(
+        job, n_passes * 2 * (job.shapes.n_blocks - static_cast<double>(first_block)), layout.replicas);
     time.disk_s = std::max(0.0, reading - n * sum);
   }
 
@@ -336,10 +348,7 @@ StageTime quantize_time(const Job& job, const config::Reestimate& reestimate) {
   if (job.is_weighted() && reestimate.policy != "never") {
     StageTime all{.name = "re-estimation"};
     // Drift compares on a few sequences first; each comparison may lead to a refresh, so this is the most.
-    const double compared = reestimate.policy != "drift"
-                                ? 0
-                                : std::min(1.0, static_cast<double>(reestimate.probe_sequences) /
-                                                    static_cast<double>(job.config.calibration.sequences));
+    const double compared = reestimate.policy == "drift" ? share_of(job, reestimate.probe_sequences) : 0;
     for (int64_t at = reestimate.blocks; at < job.model.n_blocks; at += reestimate.blocks)
       add(all, reestimate_time(job, at), 1 + compared);
     add(time, all, 1);

@@ -5,14 +5,37 @@
 #include <isobath/sensitivity/token_weights.hpp>
 
 namespace isobath::sensitivity {
+namespace {
 
-std::vector<Range> row_ranges(int64_t n_rows, int64_t row_groups, int64_t unit) {
+// Tokens squared at a time: fixed, so that the products have the same shapes on every rank count.
+constexpr int64_t kTileTokens = 128;
+
+// weights [n, groups] of gradient [n, d_out]: gathering the columns of each group takes several times as long
+// as this product.
+void weigh_scattered(const at::Tensor& gradient, const RowGroups& groups, at::Tensor weights) {
+  at::Tensor shares = at::zeros({gradient.size(1), std::ssize(groups.ranges)}, at::kFloat);
+  for (int64_t group = 0; group < std::ssize(groups.ranges); ++group) {
+    const Range rows = groups.ranges[static_cast<size_t>(group)];
+    shares.select(1, group).index_fill_(0, groups.order.slice(0, rows.begin, rows.end),
+                                        1.0 / static_cast<double>(rows.size()));
+  }
+  shares = shares.to(gradient.device());
+  for (int64_t begin = 0; begin < gradient.size(0); begin += kTileTokens) {
+    const int64_t end = std::min(begin + kTileTokens, gradient.size(0));
+    at::Tensor part = weights.slice(0, begin, end);
+    at::mm_out(part, gradient.slice(0, begin, end).to(at::kFloat).square(), shares);
+  }
+}
+
+}  // namespace
+
+RowGroups row_ranges(int64_t n_rows, int64_t row_groups, int64_t unit) {
   ISOBATH_CHECK(unit > 0 && n_rows % unit == 0 && 1 <= row_groups && row_groups <= n_rows / unit,
                 "{} row groups of {} rows in units of {}", row_groups, n_rows, unit);
-  std::vector<Range> groups;
+  RowGroups groups;
   for (int64_t group = 0; group < row_groups; ++group) {
     const Range units = partition(n_rows / unit, row_groups, group);
-    groups.push_back({units.begin * unit, units.end * unit});
+    groups.ranges.push_back({units.begin * unit, units.end * unit});
   }
   return groups;
 }
@@ -23,15 +46,20 @@ at::Tensor token_weights(const at::Tensor& gradient, int64_t row_groups) {
   return token_weights(gradient, row_ranges(gradient.size(2), row_groups, 1));
 }
 
-at::Tensor token_weights(const at::Tensor& gradient, std::span<const Range> row_groups) {
-  ISOBATH_CHECK(gradient.dim() == 3 && !row_groups.empty() && row_groups.front().begin == 0 &&
-                    row_groups.back().end == gradient.size(2),
+at::Tensor token_weights(const at::Tensor& gradient, const RowGroups& row_groups) {
+  const std::vector<Range>& ranges = row_groups.ranges;
+  ISOBATH_CHECK(gradient.dim() == 3 && !ranges.empty() && ranges.front().begin == 0 &&
+                    ranges.back().end == gradient.size(2),
                 "token_weights expects a gradient [b, T, d_out] and groups of all its rows");
   const c10::NoGradGuard no_grad;
-  at::Tensor weights = at::empty({gradient.size(0), gradient.size(1), std::ssize(row_groups)},
+  at::Tensor weights = at::empty({gradient.size(0), gradient.size(1), std::ssize(ranges)},
                                  gradient.options().dtype(at::kFloat));
-  for (int64_t group = 0; group < std::ssize(row_groups); ++group) {
-    const Range rows = row_groups[static_cast<size_t>(group)];
+  if (row_groups.order.defined()) {
+    weigh_scattered(gradient.flatten(0, 1), row_groups, weights.view({-1, std::ssize(ranges)}));
+    return weights;
+  }
+  for (int64_t group = 0; group < std::ssize(ranges); ++group) {
+    const Range rows = ranges[static_cast<size_t>(group)];
     // The norm reads bf16 and accumulates f32 in one pass; squaring an f32 copy of G costs three times as
     // much.
     const at::Tensor norm =

@@ -28,8 +28,8 @@ format: compressed-tensors
 ranks: {stages: 2, replicas: 3, threads: 4, device: cpu, watchdog_s: 5}
 scratch: {directory: s, memory_gib: 0.5}
 calibration: {tokens: t, sequences: 6, length: 7, microbatch: 8, logical_shards: 9, seed: 18446744073709551615}
-sensitivity: {loss: fisher, samples: 2, per_sequence: exact, probes: 3, row_groups: 4, grouping: head, clip_quantile: 0.5,
-              exponent: 2.5, shrinkage: 0.25, covariance: true, reuse: runs/c/measure}
+sensitivity: {loss: fisher, samples: 2, per_sequence: exact, probes: 3, row_groups: 4, grouping: head,
+              grouping_sequences: 5, clip_quantile: 0.5, exponent: 2.5, shrinkage: 0.25, covariance: true, reuse: runs/c/measure}
 quantization:
   solver: round_to_nearest
   weighting: none
@@ -74,6 +74,7 @@ checkpoint: {every_blocks: 12, keep: 13}
   EXPECT_EQ(c.sensitivity.probes, 3);
   EXPECT_EQ(c.sensitivity.row_groups, 4);
   EXPECT_EQ(c.sensitivity.grouping, "head");
+  EXPECT_EQ(c.sensitivity.grouping_sequences, 5);
   EXPECT_EQ(c.sensitivity.clip_quantile, 0.5);
   EXPECT_EQ(c.sensitivity.exponent, 2.5);
   EXPECT_EQ(c.sensitivity.shrinkage, 0.25);

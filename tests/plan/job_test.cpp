@@ -116,6 +116,17 @@ TEST(Time, MeasureIsMicrobatchesAndBubblesOfTheSlowestStage) {
   // Two replicas halve the microbatches.
   EXPECT_DOUBLE_EQ(measure_time(Job(config, model, cluster, 1, 2)).compute_s,
                    2 * (4 * (3 * 2 * 5 * 576) + 2 * (2 * 5 * 32 * 8)));
+
+  // Clusters of rows come from a pass of their own over half of the sequences, with one more step to fill.
+  config.sensitivity.row_groups = 2;
+  config.sensitivity.grouping = "cluster";
+  config.sensitivity.grouping_sequences = config.calibration.sequences / 2;
+  const Job clustered(config, model, cluster, 2, 1);
+  config.sensitivity.grouping = "index";
+  const Job by_index(config, model, cluster, 2, 1);
+  EXPECT_DOUBLE_EQ(measure_time(clustered).compute_s, 1.5 * measure_time(by_index).compute_s);
+  EXPECT_DOUBLE_EQ(measure_time(clustered).idle_s, 2 * measure_time(by_index).idle_s);
+  EXPECT_DOUBLE_EQ(measure_time(clustered, 1).compute_s, measure_time(by_index, 1).compute_s);
 }
 
 TEST(Time, BlocksThatKeepTheirActivationsAreNotRecomputed) {

@@ -43,9 +43,9 @@ TEST(TokenWeights, AgreeWithTheOracle) {
 }
 
 TEST(RowRanges, KeepUnitsWhole) {
-  EXPECT_EQ(row_ranges(12, 2, 1), (std::vector<Range>{{0, 6}, {6, 12}}));
+  EXPECT_EQ(row_ranges(12, 2, 1).ranges, (std::vector<Range>{{0, 6}, {6, 12}}));
   // Three heads of four rows in two groups.
-  EXPECT_EQ(row_ranges(12, 2, 4), (std::vector<Range>{{0, 8}, {8, 12}}));
+  EXPECT_EQ(row_ranges(12, 2, 4).ranges, (std::vector<Range>{{0, 8}, {8, 12}}));
   EXPECT_THROW((void)row_ranges(12, 4, 4), InternalError);
   EXPECT_THROW((void)row_ranges(12, 2, 5), InternalError);
 }
@@ -57,6 +57,23 @@ TEST(TokenWeights, OfGivenGroupsAreTheirMeanSquares) {
 
   EXPECT_LT(relative_error(weights.flatten(), at::tensor({(1. + 4 + 9 + 16) / 4, (25. + 36) / 2})),
             kSingleTolerance);
+}
+
+// More tokens than are squared at a time.
+TEST(TokenWeights, OfScatteredGroupsAreTheirMeanSquares) {
+  at::manual_seed(2);
+  const RowGroups groups{.order = at::tensor({1, 4, 6, 0, 2, 3, 5}, at::kLong), .ranges = {{0, 3}, {3, 7}}};
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    const at::Tensor gradient = at::randn({3, 70, 7}).to(dtype);
+
+    const at::Tensor weights = token_weights(gradient, groups);
+
+    const at::Tensor squares = gradient.to(at::kDouble).square();
+    const at::Tensor expected = at::stack({squares.index_select(2, groups.order.slice(0, 0, 3)).mean(2),
+                                           squares.index_select(2, groups.order.slice(0, 3, 7)).mean(2)},
+                                          2);
+    EXPECT_LT(relative_error(weights, expected), kSingleTolerance);
+  }
 }
 
 TEST(TokenWeights, OfAZeroGradientAreZero) {

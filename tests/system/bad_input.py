@@ -58,6 +58,8 @@ def configurations(space):
            settings=('quantization.overrides=[{match: "re:.*q_proj", bits: 8}]',))
     expect(space, "more-groups-than-heads", 2, ["row_groups = 3", "2 heads of k_proj"],
            settings=("sensitivity.row_groups=3", "sensitivity.grouping=head"))
+    expect(space, "more-clusters-than-rows", 2, ["row_groups = 33", "32 output channels of k_proj"],
+           settings=("sensitivity.row_groups=33", "sensitivity.grouping=cluster"))
 
 
 def other_statistics(space):
@@ -73,6 +75,9 @@ def other_statistics(space):
            settings=(reuse, "sensitivity.loss=fisher"))
     expect(space, "of-other-groups", 2, ["row_groups: this run has 2 by head, the statistics have 1"],
            settings=(reuse, "sensitivity.row_groups=2", "sensitivity.grouping=head"))
+    expect(space, "without-clusters", 2,
+           ["row_groups: this run has 2 by cluster, of 8 sequences, the statistics have 1"],
+           settings=(reuse, "sensitivity.row_groups=2", "sensitivity.grouping=cluster"))
     expect(space, "no-statistics", 2, ["missing", "isobath measure"], settings=("sensitivity.reuse=nowhere",))
 
 

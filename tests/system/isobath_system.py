@@ -143,6 +143,11 @@ EVERYTHING_ON = ("quantization.reestimate={policy: every, blocks: 2}", "quantiza
 DRIFTING = ("quantization.reestimate={policy: drift, blocks: 1, threshold: 0.9, probe_sequences: 3, loss: kl}",
             "sensitivity.row_groups=2", "sensitivity.grouping=head")
 
+# Row groups that are measured, kept while D is measured again, and whose rows the solver takes out of their places.
+CLUSTERED = ("sensitivity.row_groups=2", "sensitivity.grouping=cluster", "sensitivity.grouping_sequences=3",
+             "quantization.reestimate={policy: every, blocks: 2}", "quantization.asymmetric={correction: qep}",
+             "quantization.refinement={sweeps: 1}")
+
 
 class Workspace:
     """A temporary directory with a model, tokens and a configuration; removed at the end unless ISOBATH_TEST_KEEP is set."""

@@ -3,13 +3,13 @@ import os
 import signal
 import time
 
-from isobath_system import (BLOCKS, DRIFTING, END_AFTER_DEATH_S, EVERYTHING_ON, Job, Workspace, assert_same_bytes, result_digests,
+from isobath_system import (BLOCKS, CLUSTERED, DRIFTING, END_AFTER_DEATH_S, EVERYTHING_ON, Job, Workspace, assert_same_bytes, result_digests,
                             run_well, seeded_random)
 
 KILLS = 3
 # Of the duration of the undisturbed run, counted from the moment at which run.json exists.
 EARLIEST, LATEST = 0.02, 0.95
-VARIANTS = {"plain": (), "everything on": EVERYTHING_ON, "drift": DRIFTING}
+VARIANTS = {"plain": (), "everything on": EVERYTHING_ON, "drift": DRIFTING, "clustered": CLUSTERED}
 
 chance = seeded_random()
 

@@ -11,7 +11,7 @@ from isobath_system import ENVIRONMENT, binary, write_safetensors
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SEQUENCES, LENGTH, VOCAB = 6, 40, 256
 
-for model in ("tiny_llama_a", "tiny_llama_b"):
+for model, grouping in (("tiny_llama_a", "index"), ("tiny_llama_b", "index"), ("tiny_llama_b", "cluster")):
     with tempfile.TemporaryDirectory(prefix="isobath-oracle-") as folder:
         folder = pathlib.Path(folder)
         generator = numpy.random.default_rng(5)
@@ -26,7 +26,7 @@ output: {folder}/run
 compute_dtype: float32
 ranks: {{stages: 2, replicas: 2, threads: 1, device: cpu}}
 calibration: {{tokens: {folder}/tokens.safetensors, sequences: {SEQUENCES}, length: {LENGTH}, logical_shards: 4, microbatch: 2}}
-sensitivity: {{per_sequence: exact, row_groups: 2, covariance: true, probes: 64, gram: {{bits: [2, 4]}}}}
+sensitivity: {{per_sequence: exact, row_groups: 2, grouping: {grouping}, covariance: true, probes: 64, gram: {{bits: [2, 4]}}}}
 quantization: {{group: 32, clip_search: false, symmetric: {"true" if model == "tiny_llama_a" else "false"}}}
 """)
         subprocess.run(["mpirun", "--quiet", "-n", "4", binary(), "measure", str(folder / "run.yaml")], check=True,

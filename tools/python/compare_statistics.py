@@ -67,8 +67,9 @@ class Grid:
 class ModuleOracle:
     """Sums of one linear over sequences, all f64."""
 
-    def __init__(self, linear, shape, row_groups, with_covariance, grid):
-        self.linear, self.row_groups = linear, row_groups
+    def __init__(self, linear, shape, groups, with_covariance, grid):
+        self.linear, self.groups = linear, groups  # rows of each row group
+        row_groups = len(groups)
         self.changes = torch.stack([grid.change(linear.weight.data, bits) for bits in grid.bits]) if grid else None
         d = linear.in_features
         self.values = {
@@ -96,8 +97,7 @@ class ModuleOracle:
     def observe(self, sequence, n_real):
         x, g = self.x[:n_real], self.y.grad[0, :n_real]
         v = self.values
-        # numpy's and torch's splits, like isobath's, give the first groups one row more.
-        weights = torch.stack([(part ** 2).mean(1) for part in torch.tensor_split(g, self.row_groups, dim=1)], dim=1)
+        weights = torch.stack([(g[:, rows] ** 2).mean(1) for rows in self.groups], dim=1)
         v["token_weights"][sequence, :n_real] = weights.numpy()
         v["sum_x2"] += (x ** 2).sum(0).numpy()
         v["max_abs_x"] = np.maximum(v["max_abs_x"], x.abs().amax(0).numpy())
@@ -113,9 +113,19 @@ class ModuleOracle:
             scores["output_change"][sequence] = energy.sum(1).numpy()
             scores["weighted_change"][sequence] = (energy @ weights.mean(1)).numpy()
         if "covariance" in v:
-            for k in range(self.row_groups):
+            for k in range(len(self.groups)):
                 v["covariance"][k] += (x.T @ (weights[:, k, None] * x)).numpy()
         self.x = self.y = None
+
+
+def groups_of(module, n_rows, n_groups):
+    """Rows of each row group: those the file names, or equal runs, the first of which have one row more."""
+    if "row_order" not in module:
+        return torch.tensor_split(torch.arange(n_rows), n_groups)
+    order, sizes = torch.from_numpy(module["row_order"][:]), module["row_group_sizes"][:].tolist()
+    if sorted(order.tolist()) != list(range(n_rows)) or len(sizes) != n_groups or min(sizes) < 1:
+        sys.exit(f"{module.name}: row_order is no permutation of {n_rows} rows in {n_groups} groups")
+    return torch.split(order, sizes)
 
 
 def recompute(arguments, row_groups, with_covariance, grid):
@@ -124,9 +134,11 @@ def recompute(arguments, row_groups, with_covariance, grid):
         arguments.model, dtype=torch.float64, attn_implementation="eager").eval().requires_grad_(False)
     oracles = {}
     for block, layer in enumerate(model.model.layers):
-        for name, path in MODULES.items():
-            linear = layer.get_submodule(path).requires_grad_(True)
-            oracles[block, name] = ModuleOracle(linear, tokens.shape, row_groups, with_covariance, grid)
+        with h5py.File(arguments.measure / f"block-{block:05d}.h5") as file:
+            for name, path in MODULES.items():
+                linear = layer.get_submodule(path).requires_grad_(True)
+                groups = groups_of(file[name], linear.out_features, row_groups)
+                oracles[block, name] = ModuleOracle(linear, tokens.shape, groups, with_covariance, grid)
     for sequence, n_real in enumerate(lengths.tolist()):
         model.zero_grad()
         row = tokens[sequence, :n_real]

@@ -30,7 +30,8 @@ struct Sensitivity {
   std::string per_sequence = "probes";  ///< how α of equation 5 is had: off | probes | exact
   int64_t probes = 8;
   int64_t row_groups = 1;
-  std::string grouping = "index";  ///< of row groups: index | head
+  std::string grouping = "index";  ///< of row groups: index | head | cluster
+  int64_t grouping_sequences = 8;  ///< cluster: sequences that row profiles are measured on
   double clip_quantile = 0.999;
   double exponent = 1.0;
   double shrinkage = 0;  ///< 0 … 1; −1: auto

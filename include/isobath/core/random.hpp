@@ -5,7 +5,13 @@
 namespace isobath {
 
 /// What a random number is for; part of its key, so that two uses never share numbers.
-enum class RandomPurpose : uint32_t { fisher_label = 1, probe_sign = 2, sequence_sample = 3 };
+enum class RandomPurpose : uint32_t {
+  fisher_label = 1,
+  probe_sign = 2,
+  sequence_sample = 3,
+  row_profile = 4,
+  row_cluster = 5
+};
 
 /// Counter-based random numbers: a value depends only on its key and counter, never on who asks or in which
 /// order, so any rank computes the same number for the same token.

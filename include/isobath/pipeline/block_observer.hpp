@@ -22,6 +22,10 @@ class BlockObserver {
     int64_t n_samples = 1;  ///< gradients of a microbatch: label draws of the loss
     /// D and nothing else; `reduce` has nothing to reduce then.
     bool only_token_weights = false;
+    /// Row profiles of these microbatches and nothing else, not even D: what `reduce_profile` reduces. They
+    /// are some of the calibration set, ascending, on every replica the same. Null: no profiles.
+    const std::vector<data::Microbatch>* profiled = nullptr;
+    BlockRowGroups row_groups = {};  ///< of D and H; not needed for profiles
     /// The block's weights when the widths of sensitivity.gram.bits are to be scored, else null.
     const model::BlockWeights* perturbed = nullptr;
   };
@@ -45,6 +49,9 @@ class BlockObserver {
   /// Collective over the replicas of this stage: the whole calibration set's statistics on the root; empty
   /// tensors elsewhere.
   [[nodiscard]] BlockStatistics reduce();
+  /// Collective over the replicas of this stage: the profiles of a linear's rows, [d_out,
+  /// sensitivity::kProfileLength] f32, on the root; an undefined tensor elsewhere.
+  [[nodiscard]] at::Tensor reduce_profile(model::Projection projection);
 
  private:
   struct Module {
@@ -54,6 +61,8 @@ class BlockObserver {
     std::vector<comm::TreeSum> sums;                         // one: the sums of ChannelStatistics
     std::vector<comm::TreeSum> maxima;
     std::vector<comm::TreeSum> covariances;  // one a row group
+    std::vector<comm::TreeSum> profiles;     // one, its leaves the profiled microbatches
+    at::Tensor profile;                      // of this microbatch
     std::optional<PerturbationObserver> perturbations;
     at::Tensor input;  // of this microbatch, kept when covariances are asked for
   };
@@ -66,6 +75,8 @@ class BlockObserver {
   int64_t block_;
   int64_t n_samples_;
   bool only_token_weights_;
+  const std::vector<data::Microbatch>* profiled_;
+  BlockRowGroups row_groups_;
   Range local_sequences_;
   data::Microbatch microbatch_{};
   int64_t sample_ = 0;

@@ -40,7 +40,8 @@ inline constexpr int64_t kSampledColumns = 4096;
 struct SolveTask {
   model::Projection projection;
   quant::GridSpec grid;
-  at::Tensor token_weights;  ///< [n, T, row_groups] f32 raw D of all sequences, or undefined: D = 1
+  at::Tensor token_weights;           ///< [n, T, row_groups] f32 raw D of all sequences, or undefined: D = 1
+  sensitivity::RowGroups row_groups;  ///< of token_weights
 };
 
 /// Takes a microbatch, its input X [b, T, d_in] behind the quantized prefix, and that of the original model

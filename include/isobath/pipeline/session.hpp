@@ -1,6 +1,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <isobath/checkpoint/generation_store.hpp>
 #include <isobath/comm/grid.hpp>
 #include <isobath/config/run_config.hpp>
@@ -11,6 +12,7 @@
 #include <isobath/model/weight_store.hpp>
 #include <isobath/pipeline/schedule.hpp>
 #include <isobath/report/events.hpp>
+#include <isobath/sensitivity/row_clusters.hpp>
 #include <memory>
 #include <string>
 #include <vector>
@@ -83,8 +85,14 @@ inline constexpr const char* kThreadsOfFingerprint = "ranks.threads (resolved)";
 [[nodiscard]] model::BlockWeights take_block(const Session& session, const model::WeightStore& weights,
                                              int64_t block, bool mine, int64_t next);
 
-/// Output rows of each row group of a linear, as sensitivity.row_groups and sensitivity.grouping say.
-[[nodiscard]] std::vector<Range> row_groups_of(const Session& session, model::Projection projection);
+/// The row groups of a block's seven linears.
+using BlockRowGroups = std::array<sensitivity::RowGroups, model::kProjections>;
+
+/// Those of every block, as sensitivity.row_groups and sensitivity.grouping say. Precondition: grouping by
+/// index or head, or one group; which rows a cluster has is measured (pipeline/row_grouping.hpp).
+[[nodiscard]] BlockRowGroups row_groups_of(const Session& session);
+/// Whether row groups are measured.
+[[nodiscard]] bool clusters_rows(const config::Sensitivity& sensitivity);
 
 /// What must be equal for a resume: every configuration key that the result depends on, the model, the
 /// tokens, the precision.

@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <isobath/model/model_config.hpp>
 #include <isobath/quant/grid.hpp>
+#include <isobath/sensitivity/row_clusters.hpp>
 #include <map>
 #include <string>
 #include <vector>
@@ -26,13 +27,14 @@ struct Perturbations {
 
 /// Statistics of one linear over the whole calibration set.
 struct ModuleStatistics {
-  at::Tensor token_weights;       ///< [n, T, row_groups] f32: D, raw (no clipping)
-  at::Tensor sum_x2;              ///< [d_in] f64
-  at::Tensor max_abs_x;           ///< [d_in] f32
-  at::Tensor alpha_per_token;     ///< [d_in] f64, α of [AS 6]
-  at::Tensor alpha_per_sequence;  ///< [d_in] f64, α of [AS 5]; undefined when switched off
-  at::Tensor covariance;          ///< [row_groups, d_in, d_in] f32 with raw D; undefined unless asked for
-  Perturbations perturbations;    ///< only with sensitivity.gram.bits
+  at::Tensor token_weights;           ///< [n, T, row_groups] f32: D, raw (no clipping)
+  at::Tensor sum_x2;                  ///< [d_in] f64
+  at::Tensor max_abs_x;               ///< [d_in] f32
+  at::Tensor alpha_per_token;         ///< [d_in] f64, α of [AS 6]
+  at::Tensor alpha_per_sequence;      ///< [d_in] f64, α of [AS 5]; undefined when switched off
+  at::Tensor covariance;              ///< [row_groups, d_in, d_in] f32 with raw D; undefined unless asked for
+  Perturbations perturbations;        ///< only with sensitivity.gram.bits
+  sensitivity::RowGroups row_groups;  ///< of D and H; only those with an order are written
   int64_t n_tokens = 0;
   int64_t n_sequences = 0;
 };
@@ -51,6 +53,11 @@ void write_statistics(const std::filesystem::path& directory, int64_t block, con
 
 /// Token weights of a block's seven linears, [n, T, row_groups] each. Local. Throws DataError or IoError.
 [[nodiscard]] std::array<at::Tensor, model::kProjections> read_token_weights(
+    const std::filesystem::path& directory, int64_t block);
+
+/// Row groups of a block's seven linears that were measured in clusters. Local. Throws IoError, or DataError
+/// where a file holds none or an order that is no permutation.
+[[nodiscard]] std::array<sensitivity::RowGroups, model::kProjections> read_row_groups(
     const std::filesystem::path& directory, int64_t block);
 
 /// What `isobath allocate` needs of a block's seven linears; those without scores have no bits.

@@ -23,6 +23,7 @@ struct StageTime {
 
 /// One backward calibration pass over blocks [first_block, n): for each segment
 /// (microbatches + stages − 1) × the slowest stage's forward and backward; then D to replica 0 and to disk.
+/// Over all blocks and with row groups by cluster also the pass that finds them, without k-means.
 ///
 /// Source   1F1B: Narayanan et al. (SC21), §2.2.1.
 [[nodiscard]] StageTime measure_time(const Job& job, int64_t first_block = 0);

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 #include <isobath/core/partition.hpp>
-#include <span>
+#include <isobath/sensitivity/row_clusters.hpp>
 #include <vector>
 
 namespace isobath::sensitivity {
@@ -11,12 +11,13 @@ namespace isobath::sensitivity {
 /// D[i, k] = mean over the output channels j of row group k of G_ij² [AS 6, per row group: GuidedQuant].
 /// gradient [b, T, d_out] -> [b, T, row_groups] f32. Row group k is rows partition(d_out, row_groups, k).
 [[nodiscard]] at::Tensor token_weights(const at::Tensor& gradient, int64_t row_groups);
-/// The same for given row groups: consecutive, from row 0 to d_out, none empty.
-[[nodiscard]] at::Tensor token_weights(const at::Tensor& gradient, std::span<const Range> row_groups);
+/// The same for given row groups. With an order of rows one product of G² with the groups' shares, else no
+/// copy of G.
+[[nodiscard]] at::Tensor token_weights(const at::Tensor& gradient, const RowGroups& row_groups);
 
 /// `row_groups` groups of `n_rows` output rows, each of whole `unit`s (rows of a head; 1: rows): as equal as
 /// that allows. Precondition: unit divides n_rows, at least one unit a group.
-[[nodiscard]] std::vector<Range> row_ranges(int64_t n_rows, int64_t row_groups, int64_t unit);
+[[nodiscard]] RowGroups row_ranges(int64_t n_rows, int64_t row_groups, int64_t unit);
 
 /// How raw D becomes the weight inside the solver (METHOD §1).
 struct RobustSpec {
