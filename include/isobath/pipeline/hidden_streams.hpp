@@ -30,7 +30,9 @@ class HiddenStreams {
   /// embedding. Local.
   void embed(const at::Tensor& embedding, const at::Tensor& tokens);
   /// Takes note of the original weights of the block that comes next. Local.
-  void enter_block(const model::BlockWeights& original) { original_weights_ = original; }
+  void enter_block(const model::BlockWeights& original) {
+    if (original_) original_weights_ = original;
+  }
   /// Visits X of an input set, and X of the original model, microbatch by microbatch; valid once the sets
   /// before it were advanced through. `weights` must outlive the result.
   [[nodiscard]] ForEachInput inputs(int set, const model::BlockWeights& weights) const;
