@@ -73,9 +73,7 @@ class SetRows::RowTiles {
     if (share_.solved.size() == 0) return;
     const at::Tensor own =
         weights_of({share_.solved.begin * height_, std::min(n_rows_, share_.solved.end * height_)}).cpu();
-    target_ = unit_.correction.defined()
-                  ? quant::corrected(own, unit_.correction, session_.config.quantization.asymmetric.strength)
-                  : own;
+    target_ = unit_.correction.defined() ? corrected(own) : own;
     solver_.emplace(target_.to(session_.device), unit_.factor, matrix_.spec, height_);
   }
 
@@ -106,6 +104,14 @@ class SetRows::RowTiles {
   }
 
  private:
+  // Tile by tile: the bits of a product may depend on its number of rows, which must not be that of a rank.
+  [[nodiscard]] at::Tensor corrected(const at::Tensor& own) const {
+    std::vector<at::Tensor> tiles;
+    for (const at::Tensor& tile : own.split(height_))
+      tiles.push_back(
+          quant::corrected(tile, unit_.correction, session_.config.quantization.asymmetric.strength));
+    return at::cat(tiles);
+  }
   [[nodiscard]] Range rows_in(int64_t tile) const {
     return {tile * height_, std::min(n_rows_, (tile + 1) * height_)};
   }

@@ -118,7 +118,7 @@ def mismatches(space, config, widths):
 
     mixed = space.config("refused")
     use = ("--set", f"quantization.allocation={widths}")
-    refused(mixed, ["block 0, q/k/v", "expected one width"], *use, "--set",
+    refused(mixed, ["block 0, q/k/v", "expected one choice"], *use, "--set",
             "quantization.overrides=[{match: 're:.*layers\\.0\\..*q_proj', bits: 8}]", command="run")
     refused(mixed, ["down_proj", "no linear"], *use, "--set", "quantization.ignore=[lm_head, 're:.*down_proj']", command="run")
     text = widths.read_text()
