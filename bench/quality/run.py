@@ -181,7 +181,8 @@ class Bench:
         checkpoints = [part for _, directory, _ in made for part in ("--checkpoint", directory / "model")]
         self.isobath("evaluate", run, {"output": str(self.folder / "unused"), "evaluation.tokens": str(tokens)}, log,
                      *checkpoints, "--json", output)
-        for (one, directory, known), metrics in zip(made, json.loads(output.read_text())):
+        found = json.loads(output.read_text())  # of one checkpoint no list
+        for (one, directory, known), metrics in zip(made, found if isinstance(found, list) else [found]):
             self.state["originals"][one.model] = metrics["perplexity_original"]
             self.state["results"][one.name] = {
                 **known, **{key: metrics[key] for key in ("perplexity", "kl_mean", "kl_median", "kl_p99", "top1_agreement")},
