@@ -187,8 +187,7 @@ data::TokenSet open_evaluation(const Session& session) {
     if (padded.numel() > 0)
       fail<DataError>(
           "{}: window {} holds {} tokens and then padding, which nothing should be scored on; expected "
-          "windows of "
-          "{} tokens: make them without --pad, or set evaluation.window",
+          "windows of {} tokens: make them without --pad, or set evaluation.window",
           options.tokens, padded[0][0].item<int64_t>(),
           tokens.lengths[padded[0][0].item<int64_t>()].item<int64_t>(), tokens.length());
   });
@@ -271,7 +270,7 @@ std::string evaluation_json(const evaluate::Summary& summary, const data::TokenS
 
 bool is_evaluation_on(const std::string& json, const data::TokenSet& tokens) {
   const nlohmann::json found = nlohmann::json::parse(json, nullptr, /*allow_exceptions=*/false);
-  return found.is_object() && found.value("tokens_digest", "") == tokens.digest;
+  return found.is_object() && found.contains("tokens_digest") && found["tokens_digest"] == tokens.digest;
 }
 
 std::string evaluations_json(const std::vector<std::filesystem::path>& quantized,

@@ -2,6 +2,7 @@
 
 #include <fmt/ranges.h>
 
+#include <isobath/comm/cores.hpp>
 #include <isobath/comm/watchdog.hpp>
 #include <isobath/core/host_memory.hpp>
 #include <isobath/core/log.hpp>
@@ -137,7 +138,11 @@ bool is_evaluated(const checkpoint::RunDirectory& run, const std::optional<data:
   if (!run.is_complete("evaluate")) return false;
   if (!windows) return true;
   const fs::path file = run.path() / "evaluation.json";
-  return world.any(world.rank() == 0 && fs::exists(file) && is_evaluation_on(io::read_text(file), *windows));
+  bool is_there = false;
+  world.agree_on([&] {
+    is_there = world.rank() == 0 && fs::exists(file) && is_evaluation_on(io::read_text(file), *windows);
+  });
+  return world.any(is_there);
 }
 
 // A stage command on a directory where that stage is done would do nothing: say so, as an error unless
@@ -166,7 +171,7 @@ void require_run(const fs::path& run, Stage first, const comm::Communicator& wor
 }
 
 // Threads of a rank, where the configuration leaves them to the program: those of the run that is continued,
-// whose results may depend on them; 0 where there is none.
+// whose results may depend on them; 0 where there is none. Warns where a rank has fewer cores.
 int recorded_threads(const fs::path& run, const comm::Communicator& world) {
   int threads = 0;
   if (world.rank() == 0) {
@@ -174,7 +179,15 @@ int recorded_threads(const fs::path& run, const comm::Communicator& world) {
     if (const auto found = recorded.find(kThreadsOfFingerprint); found != recorded.end())
       threads = std::atoi(found->second.c_str());
   }
-  return world.all_reduce(threads, comm::Reduce::max);
+  threads = world.all_reduce(threads, comm::Reduce::max);
+  const int cores = world.all_reduce(comm::cores_of(world.node()).per_rank, comm::Reduce::min);
+  if (threads > std::max(1, cores))
+    log::warning(
+        "{} was made with {} threads a rank, and is continued with as many, on {} core{} a rank: its bytes "
+        "may "
+        "depend on them",
+        run.string(), threads, std::max(1, cores), cores > 1 ? "s" : "");
+  return threads;
 }
 
 }  // namespace

@@ -83,7 +83,6 @@ void require_determinism() {
 
 std::vector<StageCost> stage_costs(const model::ModelConfig& model, int64_t length,
                                    const model::Activations& activations, int n_ranks) {
-  // Weights are computed with in the dtype of the activations.
   int64_t block_parameters = 2 * model.d_model;
   for (int p = 0; p < model::kProjections; ++p) {
     const auto shape = model::module_shape(model, static_cast<model::Projection>(p));
@@ -98,6 +97,7 @@ std::vector<StageCost> stage_costs(const model::ModelConfig& model, int64_t leng
       const int64_t n = ranges[static_cast<size_t>(s)].size();
       const int n_ends = stages == 1 && model.tied_embeddings ? 1 : (s == 0) + (s + 1 == stages);
       const double time = model::stage_cost(model, cost, activations, s, stages, n);
+      // Weights are held in the dtype of the activations.
       const int64_t bytes =
           activations.element_size * (n * block_parameters + n_ends * model.vocab_size * model.d_model);
       worst = {std::max(worst.time, time), std::max(worst.weight_bytes, bytes)};

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy
 
-from isobath_system import (BLOCKS, HIDDEN, LENGTH, SEQUENCES, VOCAB, Job, Workspace, model_weights, run, run_well, write_model,
-                            write_tokens)
+from isobath_system import (BLOCKS, ENVIRONMENT, HIDDEN, LENGTH, SEQUENCES, VOCAB, Job, Workspace, command, model_weights, run,
+                            run_well, write_model, write_tokens)
 
 RANKS = 2
 failures = []
@@ -153,6 +153,11 @@ def directories(space):
     if " avx2 " in Path("/proc/cpuinfo").read_text():
         elsewhere = run(config, stages=1, resume=True, environment={"ISOBATH_KERNELS": "aten"})
         assert elsewhere.code == 6 and re.search(r"kernels.*: avx\w+ in the run, aten now", elsewhere.stderr), elsewhere.stderr
+        launcher, _, _, _, *program = command(space.config("unlike"), replicas=RANKS)
+        unlike = subprocess.run([launcher, "--quiet", "-n", "1", "-x", "ISOBATH_KERNELS=aten", *program, ":", "-n", "1", *program],
+                                env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+        assert unlike.returncode == 2 and re.search(r"different ways.*aten kernels.*avx\w+ kernels", unlike.stderr), unlike.stderr
+        assert not (space.path / "unlike").exists()
     expect(space, "nothing-to-resume", 2, ["resume"], resume=True)
     (space.path / "a-file").write_text("not a directory")
     expect(space, "a-file", 4, ["a-file"])

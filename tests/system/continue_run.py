@@ -1,6 +1,7 @@
 """A run is continued with other evaluation windows, with another number of ranks that would have other threads, by a job script
 that is started again, and with a model and tokens that were moved; its model stays as it is."""
 import json
+import os
 import shutil
 
 from isobath_system import LENGTH, Workspace, result_digests, run, run_well, write_tokens
@@ -23,6 +24,8 @@ with Workspace() as space:
     assert "nothing is left to do" in again.stderr + again.stdout, again.stderr
     threads = json.loads([line for line in (output / "events.jsonl").read_text().splitlines() if '"start"' in line][-1])["threads"]
     assert threads == 2, f"{threads} threads, where the run had 2"
+    if len(os.sched_getaffinity(0)) < 4:
+        assert "continued with as many, on 1 core a rank" in again.stderr, again.stderr
 
     other = write_tokens(space.path / "other.safetensors", seed=9)
     run_well(config, stages=2, settings=(f"evaluation.tokens={other}", "evaluation.windows=3"), resume=True)

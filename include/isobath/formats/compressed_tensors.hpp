@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-/// compressed-tensors `pack-quantized` (FORMATS §2): what transformers, vLLM and SGLang load.
+/// compressed-tensors `pack-quantized` (FORMATS §2): what transformers loads; of engines see README, Limits.
 namespace isobath::formats::compressed_tensors {
 
 /// `<module>.weight_packed|weight_scale|weight_shape[|weight_zero_point]` of one linear.
