@@ -31,6 +31,9 @@ using Json = nlohmann::ordered_json;
 constexpr auto kEmptyLockGrace = std::chrono::seconds(60);
 constexpr int kAttempts = 40;
 constexpr auto kPause = std::chrono::milliseconds(25);
+// A killed process that held many GiB takes seconds to give them back, and mpirun does not always wait for
+// it.
+constexpr auto kEndingGrace = std::chrono::seconds(60);
 
 struct Descriptor {
   int value;
@@ -62,6 +65,29 @@ std::string start_of_process(int64_t pid) {
   return field;
 }
 
+/// Whether a process was killed but is not gone yet: SIGKILL is pending, or the kernel tears it down.
+bool is_ending(int64_t pid) {
+  const std::string line = first_line(fmt::format("/proc/{}/stat", pid));
+  const size_t after_name = line.rfind(')');
+  if (after_name == std::string::npos) return true;
+  std::istringstream fields(line.substr(after_name + 1));
+  constexpr int kStateField = 3, kFlagsField = 9;
+  constexpr uint64_t kExiting = 0x4;  // PF_EXITING of the kernel
+  std::string skipped;
+  for (int index = kStateField; index < kFlagsField; ++index) fields >> skipped;
+  uint64_t flags = 0;
+  fields >> flags;
+  if ((flags & kExiting) != 0) return true;
+
+  std::ifstream status(fmt::format("/proc/{}/status", pid));
+  for (std::string key, value; status >> key && std::getline(status, value);) {
+    if (key != "SigPnd:" && key != "ShdPnd:") continue;
+    constexpr int kHexadecimal = 16;
+    if ((std::stoull(value, nullptr, kHexadecimal) >> (SIGKILL - 1) & 1U) != 0) return true;
+  }
+  return false;
+}
+
 std::string environment(const char* name) {
   const char* value = std::getenv(name);
   return value == nullptr ? std::string() : std::string(value);
@@ -84,15 +110,21 @@ Json own_identity(const std::string& host) {
               {"slurm_restart", environment("SLURM_RESTART_COUNT")}};
 }
 
+/// Whether process ids of the holder mean something here.
+bool is_of_this_host(const Json& holder, const Json& self) {
+  return holder.at("host") == self.at("host") && holder.at("boot") == self.at("boot") &&
+         holder.at("pid_namespace") == self.at("pid_namespace");
+}
+
 /// Why the holder cannot be at work any more; empty when it may be.
 std::string why_gone(const Json& holder, const Json& self) {
   if (const std::string job = holder.at("slurm_job");
       !job.empty() && job == self.at("slurm_job") && holder.at("slurm_restart") != self.at("slurm_restart")) {
     return fmt::format("Slurm restarted job {}", job);
   }
-  if (holder.at("host") != self.at("host")) return {};
-  if (holder.at("boot") != self.at("boot")) return "its host was restarted";
-  if (holder.at("pid_namespace") != self.at("pid_namespace")) return {};
+  if (holder.at("host") == self.at("host") && holder.at("boot") != self.at("boot"))
+    return "its host was restarted";
+  if (!is_of_this_host(holder, self)) return {};
   const int64_t pid = holder.at("pid");
   const std::string start = start_of_process(pid);
   if (start.empty() || (::kill(static_cast<pid_t>(pid), 0) != 0 && errno == ESRCH))
@@ -104,14 +136,19 @@ std::string why_gone(const Json& holder, const Json& self) {
 struct Verdict {
   std::string holder;    ///< for messages
   std::string why_gone;  ///< empty: in use
+  bool is_ending = false;
 };
 
 Verdict judge(const std::string& text, const struct stat& status, const Json& self) {
   const Json holder = Json::parse(text, nullptr, false);
   try {
-    return {fmt::format("process {} on {} since {}", holder.at("pid").get<int64_t>(),
-                        holder.at("host").get<std::string>(), holder.at("started").get<std::string>()),
-            why_gone(holder, self)};
+    Verdict verdict{
+        fmt::format("process {} on {} since {}", holder.at("pid").get<int64_t>(),
+                    holder.at("host").get<std::string>(), holder.at("started").get<std::string>()),
+        why_gone(holder, self)};
+    verdict.is_ending =
+        verdict.why_gone.empty() && is_of_this_host(holder, self) && is_ending(holder.at("pid"));
+    return verdict;
   } catch (const Json::exception&) {
     const auto age = std::chrono::seconds(std::time(nullptr) - status.st_mtime);
     return {"a job whose lock cannot be read", age > kEmptyLockGrace ? "its lock was never completed" : ""};
@@ -136,11 +173,11 @@ bool create_exclusively(const fs::path& path, const std::string& text) {
   fail<IoError>("cannot write {}: {}", path.string(), std::strerror(reason));
 }
 
-enum class Outcome { taken, changed };
+enum class Outcome { taken, changed, ending };
 
 /// Replaces the lock of a holder that is gone. flock on the old file keeps two jobs of one host from doing so
 /// at once; the name `lock` exists all the time, so that O_EXCL keeps everybody else out.
-Outcome take_over(const fs::path& path, const std::string& text, const Json& self) {
+Outcome take_over(const fs::path& path, const std::string& text, const Json& self, bool may_wait) {
   const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
   if (file.value < 0 || (::flock(file.value, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK))
     return Outcome::changed;
@@ -151,6 +188,7 @@ Outcome take_over(const fs::path& path, const std::string& text, const Json& sel
     return Outcome::changed;
   }
   const Verdict verdict = judge(read_all(file.value), opened, self);
+  if (verdict.is_ending && may_wait) return Outcome::ending;
   if (verdict.why_gone.empty()) {
     fail<ConfigError>(
         "{} is in use by {}; wait for that job or stop it, or choose another `output` (if it is certainly "
@@ -167,9 +205,12 @@ Outcome take_over(const fs::path& path, const std::string& text, const Json& sel
 RunLock::RunLock(const fs::path& directory, const std::string& host) : path_(directory / "lock") {
   const Json self = own_identity(host);
   text_ = self.dump(2) + "\n";
-  for (int attempt = 0; attempt < kAttempts; ++attempt) {
+  const auto deadline = std::chrono::steady_clock::now() + kEndingGrace;
+  for (int attempt = 0; attempt < kAttempts;) {
     if (create_exclusively(path_, text_)) return;
-    if (take_over(path_, text_, self) == Outcome::taken) return;
+    const Outcome outcome = take_over(path_, text_, self, std::chrono::steady_clock::now() < deadline);
+    if (outcome == Outcome::taken) return;
+    if (outcome == Outcome::changed) ++attempt;
     std::this_thread::sleep_for(kPause);
   }
   fail<ConfigError>("{} changes hands all the time: another job starts in it; choose another `output`",

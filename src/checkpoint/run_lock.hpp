@@ -11,8 +11,9 @@ namespace isobath::checkpoint {
 /// system, and a file can say who holds it.
 class RunLock {
  public:
-  /// Takes the lock, or takes over that of a holder that is certainly gone, with a warning. Throws
-  /// ConfigError naming the holder when the directory is in use, IoError when the file cannot be written.
+  /// Takes the lock, or takes over that of a holder that is certainly gone, with a warning; waits up to a
+  /// minute for one that was killed and still gives its memory back. Throws ConfigError naming the holder
+  /// when the directory is in use, IoError when the file cannot be written.
   RunLock(const std::filesystem::path& directory, const std::string& host);
   ~RunLock();
   RunLock(const RunLock&) = delete;

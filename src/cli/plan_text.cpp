@@ -26,7 +26,7 @@ struct Column {
 };
 
 double bytes_of(const plan::RankMemory& memory, const std::string& name,
-                double plan::RankMemory::Item::* place) {
+                double plan::RankMemory::Item::*place) {
   for (const plan::RankMemory::Item& item : memory.items)
     if (item.name == name) return item.*place;
   return 0;

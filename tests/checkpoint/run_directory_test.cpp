@@ -1,5 +1,11 @@
+#include <sys/mman.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
+#include <array>
+#include <csignal>
+#include <cstring>
+#include <fstream>
 #include <isobath/checkpoint/run_directory.hpp>
 #include <isobath/comm/communicator.hpp>
 #include <nlohmann/json.hpp>
@@ -137,6 +143,52 @@ TEST_F(RunDirectoryOnDisk, TheLockOfADeadHolderIsTakenOverWithAWarning) {
     EXPECT_FALSE(fs::exists(path() / "lock"));
     world().barrier();
   }
+}
+
+/// A process with so much memory that it is not gone at once when it is killed.
+class LargeProcess {
+ public:
+  LargeProcess() {
+    std::array<int, 2> ready{};
+    if (::pipe(ready.data()) != 0) throw std::runtime_error("pipe");
+    pid_ = ::fork();
+    if (pid_ == 0) {
+      constexpr size_t kBytes = size_t{512} << 20;
+      void* memory = ::mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      std::memset(memory, 1, kBytes);
+      static_cast<void>(::write(ready[1], "r", 1));
+      while (true) ::pause();
+    }
+    char byte = 0;
+    if (::read(ready[0], &byte, 1) != 1) throw std::runtime_error("read");
+    for (const int end : ready) ::close(end);
+    std::ifstream stat("/proc/" + std::to_string(pid_) + "/stat");
+    constexpr int kStartField = 22;
+    for (int field = 1; field <= kStartField; ++field) stat >> start_;
+  }
+  ~LargeProcess() { ::waitpid(pid_, nullptr, 0); }
+  LargeProcess(const LargeProcess&) = delete;
+  LargeProcess& operator=(const LargeProcess&) = delete;
+  void kill() const { ::kill(pid_, SIGKILL); }
+  [[nodiscard]] pid_t pid() const { return pid_; }
+  [[nodiscard]] const std::string& start() const { return start_; }
+
+ private:
+  pid_t pid_;
+  std::string start_;
+};
+
+TEST_F(RunDirectoryOnDisk, AKilledHolderThatIsStillEndingIsWaitedFor) {
+  std::optional<LargeProcess> holder;
+  leave_lock([&](Json& lock) {
+    holder.emplace();
+    lock["pid"] = holder->pid();
+    lock["pid_start"] = holder->start();
+  });
+  expect_contains(refusal(Mode::resume, ExitCode::config), {"in use by process"});
+  world().barrier();
+  if (holder) holder->kill();
+  EXPECT_EQ(open(Mode::resume).path(), path());
 }
 
 TEST_F(RunDirectoryOnDisk, TheLockOfAnotherHostIsRespected) {
