@@ -5,7 +5,6 @@
 #include <isobath/core/log.hpp>
 #include <isobath/core/timer.hpp>
 #include <isobath/core/trace.hpp>
-#include <isobath/plan/job.hpp>
 #include <isobath/quant/correction.hpp>
 #include <limits>
 
@@ -81,13 +80,12 @@ void BlockSolver::share(SolverUnit& unit, int64_t n_channels) const {
   send(factor.order);
   send(factor.dead);
   send(factor.curvature);
-  if (factor.failed || !plan::needs_whole(session_.config.quantization)) {
+  if (factor.failed || !session_.config.quantization.asymmetric.is_on()) {
     unit.h.reset();
     unit.c.reset();
     return;
   }
   send(unit.h);
-  if (!session_.config.quantization.asymmetric.is_on()) return;
   send(unit.c);
   send(unit.correction);
 }

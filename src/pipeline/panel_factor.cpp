@@ -5,6 +5,7 @@
 #include <isobath/comm/tree_sum.hpp>
 #include <isobath/core/trace.hpp>
 #include <isobath/pipeline/share.hpp>
+#include <isobath/quant/refine.hpp>
 #include <isobath/sensitivity/covariance.hpp>
 
 namespace isobath::pipeline {
@@ -92,6 +93,19 @@ at::Tensor share_panel(const quant::Factor& factor, const PanelLayout& layout, s
       comm.rank() == owner ? factor.panels[panel] : at::empty({columns.end, columns.size()}, at::kFloat);
   comm.broadcast(shared, owner);
   return shared;
+}
+
+at::Tensor share_slab(const quant::Factor& factor, const PanelLayout& layout, Range columns,
+                      bool is_everywhere, const comm::Communicator& comm) {
+  const trace::Span span("factor to all ranks");
+  return quant::slab_rows(layout.columns, columns, [&](size_t panel, Range rows) {
+    const int owner = layout.owner(panel);
+    const bool is_here = is_everywhere || comm.rank() == owner;
+    at::Tensor part = is_here ? factor.panels[panel].slice(0, rows.begin, rows.end)
+                              : at::empty({rows.size(), layout.columns[panel].size()}, at::kFloat);
+    if (!is_everywhere) comm.broadcast(part, owner);
+    return part;
+  });
 }
 
 }  // namespace isobath::pipeline

@@ -10,6 +10,7 @@
 #include <isobath/quant/refine.hpp>
 #include <isobath/quant/row_solver.hpp>
 #include <limits>
+#include <map>
 
 namespace isobath::pipeline {
 namespace {
@@ -71,8 +72,7 @@ class SetRows::RowTiles {
       rounded_.emplace_back(tile, quant::FactoredObjective(std::exchange(difference, {}), unit_.factor));
     differences_.clear();
     if (share_.solved.size() == 0) return;
-    const at::Tensor own =
-        weights_of({share_.solved.begin * height_, std::min(n_rows_, share_.solved.end * height_)}).cpu();
+    const at::Tensor own = weights_of(own_rows()).cpu();
     target_ = unit_.correction.defined() ? corrected(own) : own;
     solver_.emplace(target_.to(session_.device), unit_.factor, matrix_.spec, height_);
   }
@@ -82,11 +82,24 @@ class SetRows::RowTiles {
     for (auto& [tile, objective] : rounded_) objective.advance(panel);
   }
 
+  [[nodiscard]] int64_t group_width() const {
+    return weight_.size(1) / quant::n_groups(weight_.size(1), matrix_.spec);
+  }
+  /// After the last panel, where codes are refined; then every slab goes to refiner().
+  void begin_refinement() {
+    if (!solver_) return;
+    const quant::QuantizedMatrix own = rows_of(matrix_, own_rows());
+    copy_rows(own, solver_->take());
+    solver_.reset();
+    refiner_.emplace(own, target_, unit_.factor);
+  }
+  [[nodiscard]] std::optional<quant::Refiner>& refiner() { return refiner_; }
+
   /// Writes this rank's codes and shares those of all.
   void finish(ModuleRecord& record) {
     if (unit_.factor.failed) keep_nearest();
     for (const auto& [tile, objective] : rounded_) objectives_[tile][0] = objective.value();
-    if (solver_) choose();
+    if (share_.solved.size() > 0 && !unit_.factor.failed) choose();
     for (at::Tensor* part : {&matrix_.codes, &matrix_.scale, &matrix_.zero, &objectives_})
       share_disjoint(*part, session_.world());
     // In the order of the tiles, whoever had them.
@@ -111,6 +124,9 @@ class SetRows::RowTiles {
       tiles.push_back(
           quant::corrected(tile, unit_.correction, session_.config.quantization.asymmetric.strength));
     return at::cat(tiles);
+  }
+  [[nodiscard]] Range own_rows() const {
+    return {share_.solved.begin * height_, std::min(n_rows_, share_.solved.end * height_)};
   }
   [[nodiscard]] Range rows_in(int64_t tile) const {
     return {tile * height_, std::min(n_rows_, (tile + 1) * height_)};
@@ -140,30 +156,17 @@ class SetRows::RowTiles {
   }
 
   void choose() {
-    const at::Tensor chosen = solver_->objectives();
-    const int64_t first_row = share_.solved.begin * height_;
-    copy_rows(rows_of(matrix_, {first_row, first_row + target_.size(0)}), solver_->take());
+    const at::Tensor chosen = refiner_ ? refiner_->objectives(height_) : solver_->objectives();
+    copy_rows(rows_of(matrix_, own_rows()), refiner_ ? refiner_->take() : solver_->take());
     solver_.reset();
-    for (int64_t tile = share_.solved.begin; tile < share_.solved.end; ++tile)
-      objectives_[tile][1] = chosen[tile - share_.solved.begin];
-    const int64_t n_sweeps = session_.config.quantization.refinement.sweeps;
-    if (n_sweeps == 0 && !unit_.correction.defined()) return;
-    // The codes are no longer those of the loop, or not chosen for the original weights.
-    const at::Tensor damped_h =
-        n_sweeps > 0 ? quant::damped_hessian(unit_.h, unit_.factor.damping) : at::Tensor();
+    refiner_.reset();
     for (int64_t tile = share_.solved.begin; tile < share_.solved.end; ++tile) {
-      const Range range = rows_in(tile);
-      quant::QuantizedMatrix part = rows_of(matrix_, range);
-      if (damped_h.defined()) {
-        const at::Tensor target =
-            target_.slice(0, range.begin - first_row, range.end - first_row).to(at::kFloat).contiguous();
-        part = quant::refine(part, target, damped_h, n_sweeps);
-        copy_rows(rows_of(matrix_, range), part);
-      }
-      const at::Tensor original = tile_of(tile), values = quant::dequantize(part);
+      objectives_[tile][1] = chosen[tile - share_.solved.begin];
+      if (!unit_.correction.defined()) continue;
+      // The codes were not chosen for the original weights.
+      const at::Tensor original = tile_of(tile), values = quant::dequantize(rows_of(matrix_, rows_in(tile)));
       objectives_[tile][1] = quant::objective(original, values, unit_.h);
-      if (unit_.c.defined())
-        objectives_[tile][2] = quant::asymmetric_objective(original, values, unit_.h, unit_.c);
+      objectives_[tile][2] = quant::asymmetric_objective(original, values, unit_.h, unit_.c);
     }
   }
 
@@ -177,6 +180,7 @@ class SetRows::RowTiles {
   at::Tensor objectives_;  ///< [tiles, 3] f64: rounded, chosen, asymmetric
   at::Tensor target_;      ///< this rank's rows, corrected
   std::optional<quant::RowSolver> solver_;
+  std::optional<quant::Refiner> refiner_;                    ///< takes over from the solver
   std::vector<std::pair<int64_t, at::Tensor>> differences_;  ///< of rounded tiles, until the factor is there
   std::vector<std::pair<int64_t, quant::FactoredObjective>> rounded_;
 };
@@ -223,7 +227,9 @@ void SetRows::solve(std::vector<Solved>& solved) {
   const comm::Communicator& world = session_.world();
   const PanelLayout& layout = units_.front()->layout;
   // A factor small enough goes to all ranks at once: then none of them waits before all its tiles are solved.
-  if (layout.columns.back().end <= quant::kWholeColumns)
+  const bool is_everywhere = layout.columns.back().end <= quant::kWholeColumns;
+  const bool refines = session_.config.quantization.refinement.sweeps > 0;
+  if (is_everywhere)
     for (SolverUnit* unit : units_)
       for (size_t p = 0; p < layout.columns.size() && !unit->factor.failed; ++p)
         unit->factor.panels[p] = share_panel(unit->factor, unit->layout, p, world);
@@ -236,17 +242,39 @@ void SetRows::solve(std::vector<Solved>& solved) {
     for (size_t u = 0; u < units_.size(); ++u) {
       quant::Factor& factor = units_[u]->factor;
       if (factor.failed) continue;
-      const at::Tensor panel = layout.columns.back().end <= quant::kWholeColumns
-                                   ? factor.panels[p]
-                                   : share_panel(factor, units_[u]->layout, p, world);
-      factor.panels[p].reset();
+      const at::Tensor panel =
+          is_everywhere ? factor.panels[p] : share_panel(factor, units_[u]->layout, p, world);
+      if (!refines) factor.panels[p].reset();
       const trace::Span span("solve rows");
       for (RowTiles& module : modules_[u]) module.advance(panel);
     }
+  if (refines)
+    for (size_t u = 0; u < units_.size(); ++u) refine(u, is_everywhere);
   const trace::Span span("codes to all ranks");
   for (size_t u = 0; u < units_.size(); ++u)
     for (size_t m = 0; m < modules_[u].size(); ++m)
       modules_[u][m].finish(solved[units_[u]->serves[m].task].record);
+}
+
+void SetRows::refine(size_t u, bool is_everywhere) {
+  quant::Factor& factor = units_[u]->factor;
+  if (factor.failed) return;
+  const PanelLayout& layout = units_[u]->layout;
+  for (RowTiles& module : modules_[u]) module.begin_refinement();
+  // Modules of one unit may have groups of their own: each sees slabs that suit it.
+  std::map<int64_t, std::vector<RowTiles*>> by_width;
+  for (RowTiles& module : modules_[u]) by_width[module.group_width()].push_back(&module);
+  for (auto& [width, modules] : by_width)
+    for (int64_t pass = 0; pass <= session_.config.quantization.refinement.sweeps; ++pass)
+      for (const Range& columns : quant::refinement_slabs(layout.columns, width)) {
+        at::Tensor rows = share_slab(factor, layout, columns, is_everywhere, session_.world());
+        const trace::Span span("refine rows");
+        const quant::Slab slab(columns, std::move(rows), factor, pass > 0);
+        for (RowTiles* module : modules)
+          if (std::optional<quant::Refiner>& refiner = module->refiner())
+            pass == 0 ? refiner->load(slab) : refiner->sweep(slab);
+      }
+  factor.panels.assign(factor.panels.size(), at::Tensor());
 }
 
 }  // namespace isobath::pipeline

@@ -32,6 +32,8 @@ class SetRows {
 
  private:
   class RowTiles;
+  /// Sweeps over the codes of one unit's modules. Collective over the session's world.
+  void refine(size_t unit, bool is_everywhere);
   const Session& session_;
   std::vector<SolverUnit*> units_;
   std::vector<std::vector<RowTiles>> modules_;  ///< of each unit

@@ -18,7 +18,7 @@ struct SolverUnit {
   double shrinkage = 0;      // ρ
   int root = 0;              // where H and C end that are not spread; owner of the first panel
   PanelLayout layout;        // of the factor
-  at::Tensor h;              // [d, d] f32 on the root unless spread; replicated where `plan::needs_whole`
+  at::Tensor h;              // [d, d] f32 on the root unless spread; replicated with an asymmetric correction
   at::Tensor c;              // [d, d] f32, as h; only with an asymmetric correction
   quant::Factor factor;      // replicated, but for the panels
   at::Tensor correction;     // [d, d] f32, replicated; only with an asymmetric correction

@@ -54,11 +54,15 @@ RowMemory row_memory(const Job& job, int set, double d) {
     weights = is_one_module ? largest : weights + groups * mine;
   }
   constexpr double kHeld = 4 + 1;  // errors in f32, codes
-  if (!job.cluster.has_devices()) return {.host = kHeld * weights};
+  // A refinement works on a copy of the codes, on the host, with one slab of the factor at a time.
+  const config::Quantization& quantization = job.config.quantization;
+  const double slab = job.refines() ? slab_columns(d, quantization) : 0, slab_bytes = 4 * slab * (d + slab),
+               refining = job.refines() ? (kHeld + 1) * weights + slab_bytes : 0;
+  if (!job.cluster.has_devices()) return {.host = std::max(kHeld * weights, refining)};
   // DeviceLoop starts from a copy of the rows, which stay on the host: in f32, transposed, and with dead
   // channels cleared, where codes are not there yet. Then panels of the factor come, one at a time.
   const double starting = e + (e < 4 ? 4 : 0) + 8;
-  return {.host = e * weights,
+  return {.host = e * weights + refining,
           .device = kHeld * weights + (starting - kHeld) * largest + 4 * std::min(d, panel_columns()) * d};
 }
 
@@ -74,9 +78,8 @@ SolverMemory whole_memory(const Job& job, int set, double d) {
   const double done = 4 * triangle + (job.is_asymmetric() ? matrix : 0);
   memory.factorizing = mine * sums * matrix + (mine - 1) * done +
                        (job.is_asymmetric() ? 4 * triangle + kCorrectionBytes * d * d : 8 * triangle);
-  // Own factors, of every unit what all ranks hold, and one damped H.
-  const double shared =
-      units * ((job.needs_whole() ? 1 : 0) + (job.is_asymmetric() ? 2 : 0)) + (job.refines() ? 1 : 0);
+  // Own factors, and H, C and correction of every unit.
+  const double shared = job.is_asymmetric() ? 3 * units : 0;
   // Small factors go to all ranks at once, those of wider ones panel by panel.
   const bool at_once = d <= static_cast<double>(quant::kWholeColumns);
   memory.solving = (at_once ? units : mine) * 4 * triangle + shared * matrix +

@@ -153,10 +153,15 @@ class BlockTime {
       return n_panels * broadcast_s(job_, Buffers::host, element * panel_entries(d) / n_panels);
     };
     factor_out_ += units * (all_panels_s(4) + (is_spread ? all_panels_s(8) : 0));
-    const double whole = (job_.needs_whole() ? 1 : 0) + (job_.is_asymmetric() ? 2 : 0);
-    if (whole > 0) factor_out_ += units * whole * broadcast_s(job_, Buffers::host, 4 * d * d);
+    // H, C and the correction.
+    if (job_.is_asymmetric()) factor_out_ += units * 3 * broadcast_s(job_, Buffers::host, 4 * d * d);
     if (job_.is_asymmetric()) correction_ += mine * time(correction(d, asymmetric));
-    if (job_.refines()) refinement_ += units * time(damped_hessian(d));
+    if (!job_.refines()) return;
+    refinement_ += units * time(refine_slabs(d, job_.config.quantization));
+    // Small factors are everywhere; of wider ones every pass sends the panels again.
+    if (d > static_cast<double>(quant::kWholeColumns))
+      factor_out_ +=
+          units * static_cast<double>(1 + job_.config.quantization.refinement.sweeps) * all_panels_s(4);
   }
 
   void rows(int set) {
@@ -175,7 +180,7 @@ class BlockTime {
       if (job_.uses_covariance()) {
         rows_ += time(solve_rows(mine, d, q, height, threads) + Work{.host_link_bytes = element * mine * d});
         codes_ += all_reduce_s(job_, n_rows * d * (1 + (element + 1) / group_columns(d)));
-        objective_ += time(score(mine, d, q, threads, job_.refines() || job_.is_asymmetric()));
+        objective_ += time(score(mine, d, q, threads, job_.is_asymmetric()));
         if (job_.refines()) refinement_ += time(refine_rows(mine, d, q, threads));
         if (job_.is_asymmetric()) correction_ += time(correct_rows(mine, d));
       } else {

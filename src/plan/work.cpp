@@ -1,4 +1,5 @@
 #include <isobath/plan/work.hpp>
+#include <isobath/quant/refine.hpp>
 #include <isobath/quant/row_solver.hpp>
 
 namespace isobath::plan {
@@ -29,9 +30,6 @@ constexpr double kFactorTraffic = 84;
 // qep: H and C to f64 12 each, C transposed 16, the result back 12. gptaq: the root from f32 20, C to f64 12,
 // four index_selects 64, triu 16, back 12.
 constexpr double kQepTraffic = 52, kGptaqTraffic = 124;
-
-// quant::damped_hessian: to f64 12, divided 16, two masks 32, to f32 12.
-constexpr double kDampedTraffic = 72;
 
 // A weight on its way to an objective: dequantize (codes to f32 5, zero 8, scale 8, to storage 6),
 // difference 12, transposed 8, product written and read 8, sums 8.
@@ -341,8 +339,20 @@ Work correction(double d, const config::Asymmetric& asymmetric) {
   return {.f64_factor_flops = 2 * cube, .host_traffic_bytes = kGptaqTraffic * d * d};
 }
 
-Work damped_hessian(double d) {
-  return {.host_traffic_bytes = kDampedTraffic * d * d};
+double slab_columns(double d, const config::Quantization& q) {
+  const auto n_columns = static_cast<int64_t>(d);
+  int64_t widest = 0;
+  for (const Range& slab : quant::refinement_slabs(quant::column_panels(n_columns, quant::kPanel),
+                                                   q.group == 0 ? n_columns : q.group))
+    widest = std::max(widest, slab.size());
+  return static_cast<double>(widest);
+}
+
+Work refine_slabs(double d, const config::Quantization& q) {
+  const double sweeps = static_cast<double>(q.refinement.sweeps);
+  // Parts put together and scaled, 16 bytes an entry of the triangle, also to load.
+  return {.thin_flops = sweeps * slab_columns(d, q) * d * d,
+          .host_traffic_bytes = (1 + sweeps) * 16 * panel_entries(d)};
 }
 
 double candidate_grids(int bits, bool symmetric, bool clip_search) {
@@ -368,12 +378,14 @@ Work solve_rows(double n_rows, double d, const config::Quantization& q, double h
 
 Work refine_rows(double n_rows, double d, const config::Quantization& q, double threads) {
   const double rows = kTileRows * whole_tiles(n_rows), sweeps = static_cast<double>(q.refinement.sweeps);
-  const double width = q.group == 0 ? d : static_cast<double>(q.group);
-  // Products of a group's own H: one, and two for each zero point tried.
-  const double own = q.symmetric ? 3 : 7;
-  return {.thin_flops = 2 * rows * d * (d + sweeps * (2 * d + own * width)),
+  const double slab = slab_columns(d, q);
+  const double group = q.group == 0 ? d : static_cast<double>(q.group);
+  // Products of a group's own H: one, and two for each zero point tried; a group wider than a slab keeps its
+  // grid.
+  const double own = group > slab ? 0 : q.symmetric ? 3 : 7;
+  return {.thin_flops = 2 * rows * d * (d / 2 + sweeps * (d + 2 * slab + own * group)),
           .column_flops = sweeps * busiest_rows(n_rows, kTileRows, threads) * d * kColumnBlock,
-          .host_traffic_bytes = 32 * rows * d};
+          .host_traffic_bytes = (1 + sweeps) * 24 * rows * d};
 }
 
 Work correct_rows(double n_rows, double d) {

@@ -5,7 +5,9 @@
 
 #include <isobath/core/error.hpp>
 #include <limits>
+#include <utility>
 
+#include "column_loop.hpp"
 #include "simd.hpp"
 #include "tile_grids.hpp"
 
@@ -14,8 +16,6 @@ namespace isobath::quant {
 using simd::Floats;
 using simd::kLanes;
 
-/// Columns between two updates of the whole gradient by a matrix product.
-static constexpr int64_t kBlock = 128;
 static constexpr int64_t kParts = kRowTile / kLanes;
 
 /// Moves one column of a tile to its best codes and the change on to the gradients of the `n_later` columns
@@ -94,107 +94,199 @@ ISOBATH_SIMD_CLONES void stored_values(const float* steps, const float* scale, i
   }
 }
 
-/// Where the arguments and the result of refine lie, from the first row of a tile on.
-struct TileRows {
-  int64_t n_rows;
-  const float* target;
-  int8_t* codes;
-  float* scale;
-  int8_t* zero;
-};
+std::vector<Range> refinement_slabs(const std::vector<Range>& panels, int64_t group_width) {
+  std::vector<Range> slabs;
+  int64_t begin = 0;
+  for (const Range& panel : panels) {
+    const bool ends_group = panel.end % group_width == 0 || panel.end == panels.back().end;
+    if (!ends_group) continue;
+    if (panel.end - begin > kWidestSlab) return panels;
+    slabs.push_back({begin, panel.end});
+    begin = panel.end;
+  }
+  return slabs;
+}
 
-/// The sweeps for up to kRowTile rows. Codes (as steps from the zero point), stored values and gradient are
-/// held transposed, [C, kRowTile]: all rows advance together in vector lanes. Missing rows are zeros.
-class TileRefiner {
+at::Tensor slab_rows(const std::vector<Range>& panels, Range columns,
+                     const std::function<at::Tensor(size_t panel, Range rows)>& part) {
+  at::Tensor rows = at::zeros({columns.size(), panels.back().end - columns.begin}, at::kFloat);
+  for (size_t p = 0; p < panels.size(); ++p) {
+    if (panels[p].end <= columns.begin) continue;
+    const Range above{columns.begin, std::min(columns.end, panels[p].end)};
+    rows.slice(0, 0, above.size())
+        .slice(1, panels[p].begin - columns.begin, panels[p].end - columns.begin)
+        .copy_(part(p, above));
+  }
+  return rows;
+}
+
+/// a aᵀ, rows of the result shared by the threads: inside a parallel region a product has one thread, and its
+/// bits do not depend on how many there are.
+static at::Tensor row_products(const at::Tensor& a) {
+  at::Tensor product = at::empty({a.size(0), a.size(0)}, at::kFloat);
+  const int64_t parts = (a.size(0) + kRowTile - 1) / kRowTile;
+  at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) {
+      const int64_t begin = part * kRowTile, end = std::min(a.size(0), begin + kRowTile);
+      at::Tensor rows = product.slice(0, begin, end);
+      at::mm_out(rows, a.slice(0, begin, end), a.t());
+    }
+  });
+  return product;
+}
+
+static at::Tensor dead_columns(const Factor& factor, Range columns) {
+  return factor.dead.index_select(0, factor.order.slice(0, columns.begin, columns.end));
+}
+
+Slab::Slab(Range slab_columns, at::Tensor unit, const Factor& factor, bool is_for_sweep)
+    : columns(slab_columns), rows(std::move(unit)) {
+  ISOBATH_CHECK(rows.size(0) == columns.size() && rows.size(1) == factor.n_columns() - columns.begin,
+                "a slab [{}, {}] for columns {} … {} of {}", rows.size(0), rows.size(1), columns.begin,
+                columns.end, factor.n_columns());
+  rows.mul_((factor.curvature.slice(0, columns.begin) / factor.mean).sqrt().to(at::kFloat));
+  if (!is_for_sweep) return;
+  curvature = row_products(rows);
+  const at::Tensor dead = dead_columns(factor, columns);
+  curvature.masked_fill_(dead.unsqueeze(0), 0).masked_fill_(dead.unsqueeze(1), 0);
+}
+
+/// One slab of one strip: codes (as steps from the zero point), stored values and gradient transposed,
+/// [width, kRowTile], so that all rows advance together in vector lanes. Missing rows are zeros.
+class Refiner::Work {
  public:
-  TileRefiner(const at::Tensor& h, const GridSpec& spec, int64_t n_columns)
-      : h_(h),
-        spec_(spec),
-        format_(storage_format(spec.storage)),
-        n_columns_(n_columns),
-        width_(n_columns / n_groups(n_columns, spec)),
-        is_live_(h.diagonal().gt(0).to(at::kFloat).unsqueeze(1)),
-        grids_(n_columns / width_),
-        target_(at::empty({n_columns, kRowTile}, at::kFloat)),
-        values_(at::empty_like(target_)),
-        steps_(at::empty_like(target_)),
-        gradient_(at::empty_like(target_)),
+  Work(const Slab& slab, const Refiner& refiner)
+      : slab_(slab),
+        factor_(refiner.factor_),
+        spec_(refiner.matrix_.spec),
+        format_(storage_format(spec_.storage)),
+        n_columns_(factor_.n_columns()),
+        n_slab_(slab.columns.size()),
+        width_(n_columns_ / n_groups(n_columns_, spec_)),
+        is_permuted_(quant::is_permuted(factor_.order)),
+        is_live_(dead_columns(factor_, slab.columns).logical_not().to(at::kFloat).unsqueeze(1)),
+        grids_(static_cast<size_t>(n_columns_ / width_)),
+        values_(at::empty({n_slab_, kRowTile}, at::kFloat)),
+        steps_(at::empty_like(values_)),
+        gradient_(at::empty_like(values_)),
         block_gradient_(at::empty({kBlock, kRowTile}, at::kFloat)),
         changes_(at::empty({kBlock, kRowTile}, at::kFloat)) {}
 
-  void refine(const TileRows& rows, int64_t sweeps) {
-    load(rows);
-    at::mm_out(gradient_, h_, values_ - target_);
-    for (int64_t sweep = 0; sweep < sweeps; ++sweep) {
-      bool any = false;
-      for (int64_t begin = 0; begin < n_columns_; begin += kBlock)
-        any |= move_codes(begin, std::min(n_columns_, begin + kBlock));
-      for (int64_t group = 0; group < std::ssize(grids_); ++group) any |= move_grid(group);
-      if (!any) break;
+  /// Codes and grids of the slab's columns.
+  void read(const QuantizedMatrix& matrix, Range rows) {
+    const auto* codes = matrix.codes.const_data_ptr<int8_t>();
+    const auto* scale = matrix.scale.const_data_ptr<float>();
+    const auto* zero = matrix.zero.const_data_ptr<int8_t>();
+    const auto* is_live = is_live_.const_data_ptr<float>();
+    auto* steps = steps_.mutable_data_ptr<float>();
+    const int64_t groups = std::ssize(grids_);
+    const Range used = groups_in_use();
+    for (int64_t group = used.begin; group < used.end; ++group)
+      for (int64_t row = 0; row < kRowTile; ++row) {
+        const int64_t at = (rows.begin + row) * groups + group;
+        grids_[static_cast<size_t>(group)].set(
+            row, row < rows.size() ? RowGrid{scale[at], zero[at]} : RowGrid{}, spec_);
+      }
+    for (int64_t i = 0; i < n_slab_; ++i) {
+      const int64_t column = original(i);
+      const TileGrids& grids = grids_[static_cast<size_t>(column / width_)];
+      for (int64_t row = 0; row < kRowTile; ++row)
+        steps[i * kRowTile + row] = row >= rows.size() || is_live[i] == 0
+                                        ? 0.0F
+                                        : static_cast<float>(codes[(rows.begin + row) * n_columns_ + column] -
+                                                             grids.zero[static_cast<size_t>(row)]);
+      stored_values(steps + i * kRowTile, grids.scale.data(), 1, format_,
+                    values_.mutable_data_ptr<float>() + i * kRowTile);
     }
-    store(rows);
+  }
+
+  void write(const QuantizedMatrix& matrix, Range rows) const {
+    auto* codes = matrix.codes.mutable_data_ptr<int8_t>();
+    auto* scale = matrix.scale.mutable_data_ptr<float>();
+    auto* zero = matrix.zero.mutable_data_ptr<int8_t>();
+    const auto* steps = steps_.const_data_ptr<float>();
+    const int64_t groups = std::ssize(grids_);
+    for (int64_t row = 0; row < rows.size(); ++row)
+      for (int64_t i = 0; i < n_slab_; ++i) {
+        const int64_t column = original(i);
+        codes[(rows.begin + row) * n_columns_ + column] =
+            static_cast<int8_t>(static_cast<int>(steps[i * kRowTile + row]) +
+                                grids_[static_cast<size_t>(column / width_)].zero[static_cast<size_t>(row)]);
+      }
+    const Range moved = groups_within();
+    for (int64_t group = moved.begin; group < moved.end; ++group)
+      for (int64_t row = 0; row < rows.size(); ++row) {
+        const int64_t at = (rows.begin + row) * groups + group;
+        scale[at] = grids_[static_cast<size_t>(group)].scale[static_cast<size_t>(row)];
+        zero[at] = grids_[static_cast<size_t>(group)].zero[static_cast<size_t>(row)];
+      }
+  }
+
+  /// Adds what Ŵ − T in the slab's columns says to the errors of a strip.
+  void add_difference(const at::Tensor& target, Range rows, at::Tensor& errors) const {
+    at::Tensor wanted = target.slice(0, rows.begin, rows.end);
+    wanted =
+        (is_permuted_ ? wanted.index_select(1, factor_.order.slice(0, slab_.columns.begin, slab_.columns.end))
+                      : wanted.slice(1, slab_.columns.begin, slab_.columns.end))
+            .to(at::kFloat);
+    at::Tensor difference = values_.clone();
+    difference.slice(1, 0, rows.size()).sub_(wanted.t());
+    add(difference.mul_(is_live_), errors);
+  }
+
+  /// Moves codes and grids; whether any moved.
+  bool refine(at::Tensor& errors) {
+    const at::Tensor before = values_.clone();
+    at::mm_out(gradient_, slab_.rows, errors.slice(0, slab_.columns.begin));
+    bool any = false;
+    for (int64_t begin = 0; begin < n_slab_; begin += kBlock)
+      any |= move_codes(begin, std::min(n_slab_, begin + kBlock));
+    const Range movable = groups_within();
+    for (int64_t group = movable.begin; group < movable.end; ++group) any |= move_grid(group);
+    if (any) add(values_ - before, errors);
+    return any;
   }
 
  private:
-  void load(const TileRows& rows) {
-    auto* target = target_.mutable_data_ptr<float>();
-    auto* steps = steps_.mutable_data_ptr<float>();
-    const auto* is_live = is_live_.const_data_ptr<float>();
-    const int64_t groups = std::ssize(grids_);
-    for (int64_t row = 0; row < kRowTile; ++row) {
-      const bool is_missing = row >= rows.n_rows;
-      for (int64_t group = 0; group < groups; ++group) {
-        const int64_t at = row * groups + group;
-        grids_[group].set(row, is_missing ? RowGrid{} : RowGrid{rows.scale[at], rows.zero[at]}, spec_);
-      }
-      for (int64_t i = 0; i < n_columns_; ++i) {
-        const bool is_zero = is_missing || is_live[i] == 0;
-        const int64_t at = row * n_columns_ + i;
-        target[i * kRowTile + row] = is_zero ? 0.0F : rows.target[at];
-        steps[i * kRowTile + row] =
-            is_zero ? 0.0F : static_cast<float>(rows.codes[at] - grids_[i / width_].zero[row]);
-      }
-    }
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t at = group * width_ * kRowTile;
-      stored_values(steps + at, grids_[group].scale.data(), width_, format_,
-                    values_.mutable_data_ptr<float>() + at);
-    }
+  [[nodiscard]] int64_t original(int64_t i) const {
+    return is_permuted_ ? factor_.order.const_data_ptr<int64_t>()[slab_.columns.begin + i]
+                        : slab_.columns.begin + i;
+  }
+  [[nodiscard]] Range groups_in_use() const {
+    if (is_permuted_) return {0, std::ssize(grids_)};
+    return {slab_.columns.begin / width_, (slab_.columns.end - 1) / width_ + 1};
+  }
+  /// Groups of which all columns are in the slab.
+  [[nodiscard]] Range groups_within() const {
+    if (is_permuted_) return {0, 0};
+    const int64_t first = (slab_.columns.begin + width_ - 1) / width_;
+    return {first, std::max(first, slab_.columns.end / width_)};
   }
 
-  void store(const TileRows& rows) const {
-    const auto* steps = steps_.const_data_ptr<float>();
-    const int64_t groups = std::ssize(grids_);
-    for (int64_t row = 0; row < rows.n_rows; ++row) {
-      for (int64_t i = 0; i < n_columns_; ++i)
-        rows.codes[row * n_columns_ + i] =
-            static_cast<int8_t>(static_cast<int>(steps[i * kRowTile + row]) + grids_[i / width_].zero[row]);
-      for (int64_t group = 0; group < groups; ++group) {
-        rows.scale[row * groups + group] = grids_[group].scale[row];
-        rows.zero[row * groups + group] = grids_[group].zero[row];
-      }
-    }
+  void add(const at::Tensor& difference, at::Tensor& errors) const {
+    errors.slice(0, slab_.columns.begin).addmm_(slab_.rows.t(), difference);
   }
 
   bool move_codes(int64_t begin, int64_t end) {
     const int64_t n = end - begin;
     at::Tensor gradient = block_gradient_.narrow(0, 0, n), changes = changes_.narrow(0, 0, n);
     gradient.copy_(gradient_.narrow(0, begin, n));
-    const auto* h = h_.const_data_ptr<float>();
+    const auto* h = slab_.curvature.const_data_ptr<float>();
     auto* gradients = gradient.mutable_data_ptr<float>();
     auto* moved = changes.mutable_data_ptr<float>();
     bool any = false;
     for (int64_t i = begin; i < end; ++i) {
-      const float* h_row = h + i * n_columns_ + i;
+      const float* h_row = h + i * n_slab_ + i;
       float* change = moved + (i - begin) * kRowTile;
       if (*h_row > 0)
-        any |= refine_column(gradients + (i - begin) * kRowTile, end - i - 1, h_row, grids_[i / width_],
-                             format_, values_.mutable_data_ptr<float>() + i * kRowTile,
+        any |= refine_column(gradients + (i - begin) * kRowTile, end - i - 1, h_row,
+                             grids_[static_cast<size_t>(original(i) / width_)], format_,
+                             values_.mutable_data_ptr<float>() + i * kRowTile,
                              steps_.mutable_data_ptr<float>() + i * kRowTile, change);
       else
         std::fill_n(change, kRowTile, 0.0F);
     }
-    if (any) gradient_.addmm_(h_.narrow(0, begin, n).t(), changes);
+    if (any) gradient_.addmm_(slab_.curvature.narrow(0, begin, n).t(), changes);
     return any;
   }
 
@@ -208,8 +300,8 @@ class TileRefiner {
   /// The best scale of every row for its codes with the zero point moved by `shift`; a change of infinity
   /// where there is none.
   Move best_scales(int64_t group, int shift, const at::Tensor& curvature, const at::Tensor& wanted) const {
-    const int64_t begin = group * width_;
-    const TileGrids& grids = grids_[group];
+    const int64_t begin = group * width_ - slab_.columns.begin;
+    const TileGrids& grids = grids_[static_cast<size_t>(group)];
     Move move;
     move.steps = steps_.narrow(0, begin, width_);
     if (shift != 0) move.steps = move.steps - is_live_.narrow(0, begin, width_) * shift;
@@ -237,8 +329,8 @@ class TileRefiner {
   }
 
   bool move_grid(int64_t group) {
-    const int64_t begin = group * width_;
-    const at::Tensor curvature = h_.narrow(0, begin, width_).narrow(1, begin, width_);
+    const int64_t begin = group * width_ - slab_.columns.begin;
+    const at::Tensor curvature = slab_.curvature.narrow(0, begin, width_).narrow(1, begin, width_);
     const at::Tensor old_values = values_.narrow(0, begin, width_).clone();
     const at::Tensor wanted = curvature.mm(old_values) - gradient_.narrow(0, begin, width_);
     std::vector<Move> moves{best_scales(group, 0, curvature, wanted)};
@@ -253,72 +345,136 @@ class TileRefiner {
         if (move.change[row] < (best == nullptr ? 0.0F : best->change[row])) best = &move;
       if (best == nullptr) continue;
       any = true;
-      grids_[group].set(row, best->grids[row], spec_);
+      grids_[static_cast<size_t>(group)].set(row, best->grids[row], spec_);
       for (int64_t j = 0; j < width_; ++j) {
         values[j * kRowTile + row] = best->values.const_data_ptr<float>()[j * kRowTile + row];
         steps[j * kRowTile + row] = best->steps.const_data_ptr<float>()[j * kRowTile + row];
       }
     }
-    if (any) gradient_.addmm_(h_.narrow(0, begin, width_).t(), values_.narrow(0, begin, width_) - old_values);
+    if (any)
+      gradient_.addmm_(slab_.curvature.narrow(0, begin, width_).t(),
+                       values_.narrow(0, begin, width_) - old_values);
     return any;
   }
 
-  const at::Tensor& h_;
+  const Slab& slab_;
+  const Factor& factor_;
   const GridSpec& spec_;
   StorageFormat format_;
-  int64_t n_columns_;
+  int64_t n_columns_, n_slab_;
   int64_t width_;  ///< columns of a group
-  at::Tensor is_live_;
+  bool is_permuted_;
+  at::Tensor is_live_;  ///< [width of the slab, 1]
   std::vector<TileGrids> grids_;
-  at::Tensor target_, values_, steps_;
-  at::Tensor gradient_;                  ///< H (Ŵ−T)ᵀ
+  at::Tensor values_, steps_;
+  at::Tensor gradient_;                  ///< (H + λI)/mean (Ŵ−T)ᵀ of the slab's columns
   at::Tensor block_gradient_, changes_;  ///< of the columns of one block
 };
 
-at::Tensor damped_hessian(const at::Tensor& h, double damping) {
-  const at::Tensor diagonal = h.diagonal().to(at::kDouble);
-  const at::Tensor is_live = diagonal > 0;
-  const auto n_live = is_live.sum().item<int64_t>();
-  if (n_live == 0) return at::zeros_like(h);
-  const double mean = diagonal.sum().item<double>() / static_cast<double>(n_live);
-  at::Tensor damped = h.to(at::kDouble) / mean;
-  damped.diagonal().add_(is_live.to(at::kDouble), damping);
-  return damped.masked_fill_(is_live.logical_not().unsqueeze(0), 0)
-      .masked_fill_(is_live.logical_not().unsqueeze(1), 0)
-      .to(at::kFloat)
-      .contiguous();
+Refiner::Refiner(const QuantizedMatrix& start, const at::Tensor& target, const Factor& factor)
+    : target_(target),
+      factor_(factor),
+      matrix_{start.spec, start.codes.clone(at::MemoryFormat::Contiguous),
+              start.scale.to(at::kFloat).clone(at::MemoryFormat::Contiguous),
+              start.zero.clone(at::MemoryFormat::Contiguous)} {
+  ISOBATH_CHECK(target.dim() == 2 && target.is_floating_point() && target.is_cpu(),
+                "the target of a refinement must be [R, C] floats on the CPU");
+  ISOBATH_CHECK(start.codes.sizes() == target.sizes(), "codes [{}, {}] for a target [{}, {}]",
+                start.codes.size(0), start.codes.size(1), target.size(0), target.size(1));
+  ISOBATH_CHECK(factor.n_columns() == target.size(1), "a factor of {} columns for a target of {}",
+                factor.n_columns(), target.size(1));
+  for (int64_t row = 0; row < target.size(0); row += kRowTile)
+    strips_.push_back({.errors = at::zeros({target.size(1), kRowTile}, at::kFloat)});
 }
 
-QuantizedMatrix refine(const QuantizedMatrix& start, const at::Tensor& target, const at::Tensor& h,
-                       int64_t sweeps) {
-  ISOBATH_CHECK(target.dim() == 2 && target.scalar_type() == at::kFloat && target.is_cpu(),
-                "the target of refine must be [R, C] f32 on the CPU");
-  const int64_t n_rows = target.size(0), n_columns = target.size(1);
-  ISOBATH_CHECK(start.codes.sizes() == target.sizes(), "codes [{}, {}] for a target [{}, {}]",
-                start.codes.size(0), start.codes.size(1), n_rows, n_columns);
-  ISOBATH_CHECK(
-      h.size(0) == n_columns && h.size(1) == n_columns && h.scalar_type() == at::kFloat && h.is_contiguous(),
-      "refine needs H of {} columns, contiguous f32", n_columns);
-  const at::Tensor weights = target.contiguous();
-  QuantizedMatrix matrix{start.spec, start.codes.clone(at::MemoryFormat::Contiguous),
-                         start.scale.to(at::kFloat).clone(at::MemoryFormat::Contiguous),
-                         start.zero.clone(at::MemoryFormat::Contiguous)};
-  const int64_t groups = matrix.scale.size(1), n_tiles = (n_rows + kRowTile - 1) / kRowTile;
-  const float* from = weights.const_data_ptr<float>();
-  auto* codes = matrix.codes.mutable_data_ptr<int8_t>();
-  auto* scale = matrix.scale.mutable_data_ptr<float>();
-  auto* zero = matrix.zero.mutable_data_ptr<int8_t>();
-  at::parallel_for(0, n_tiles, 1, [&](int64_t first, int64_t last) {
-    TileRefiner refiner(h, matrix.spec, n_columns);
-    for (int64_t tile = first; tile < last; ++tile) {
-      const int64_t row = tile * kRowTile;
-      refiner.refine({std::min(kRowTile, n_rows - row), from + row * n_columns, codes + row * n_columns,
-                      scale + row * groups, zero + row * groups},
-                     sweeps);
+Range Refiner::rows_of(int64_t strip) const {
+  return {strip * kRowTile, std::min(target_.size(0), (strip + 1) * kRowTile)};
+}
+
+template <class Visit>
+void Refiner::for_each_strip(const Slab& slab, const Visit& visit) {
+  at::parallel_for(0, std::ssize(strips_), 1, [&](int64_t first, int64_t last) {
+    Work work(slab, *this);
+    for (int64_t index = first; index < last; ++index) {
+      Strip& strip = strips_[static_cast<size_t>(index)];
+      if (strip.is_settled) continue;
+      work.read(matrix_, rows_of(index));
+      visit(work, strip, rows_of(index));
     }
   });
-  matrix.scale = matrix.scale.to(matrix.spec.storage);
-  return matrix;
+}
+
+void Refiner::load(const Slab& slab) {
+  for_each_strip(slab, [&](const Work& work, Strip& strip, Range rows) {
+    work.add_difference(target_, rows, strip.errors);
+  });
+}
+
+void Refiner::sweep(const Slab& slab) {
+  for_each_strip(slab, [&](Work& work, Strip& strip, Range rows) {
+    if (work.refine(strip.errors)) {
+      work.write(matrix_, rows);
+      strip.has_moved = true;
+    }
+    if (slab.columns.end < factor_.n_columns()) return;
+    strip.is_settled = !std::exchange(strip.has_moved, false);
+  });
+}
+
+at::Tensor Refiner::objectives(int64_t tile_rows) const {
+  ISOBATH_CHECK(tile_rows % kRowTile == 0, "tiles of {} rows", tile_rows);
+  const int64_t n_rows = target_.size(0);
+  at::Tensor values = at::zeros({(n_rows + tile_rows - 1) / tile_rows}, at::kDouble);
+  QuantizedMatrix stored = matrix_;
+  stored.scale = stored.scale.to(stored.spec.storage);
+  at::parallel_for(0, values.size(0), 1, [&](int64_t first, int64_t last) {
+    for (int64_t tile = first; tile < last; ++tile) {
+      const Range rows{tile * tile_rows, std::min(n_rows, (tile + 1) * tile_rows)};
+      double squares = 0;
+      for (int64_t row = rows.begin; row < rows.end; row += kRowTile)
+        squares +=
+            strips_[static_cast<size_t>(row / kRowTile)].errors.square().sum(at::kDouble).item<double>();
+      const QuantizedMatrix part{stored.spec, stored.codes.slice(0, rows.begin, rows.end),
+                                 stored.scale.slice(0, rows.begin, rows.end),
+                                 stored.zero.slice(0, rows.begin, rows.end)};
+      at::Tensor difference =
+          dequantize(part).to(at::kFloat) - target_.slice(0, rows.begin, rows.end).to(at::kFloat);
+      difference.masked_fill_(factor_.dead, 0);
+      const double norm = difference.square().sum(at::kDouble).item<double>();
+      values.mutable_data_ptr<double>()[tile] =
+          std::max(0.0, 0.5 * factor_.mean * (squares - factor_.damping * norm));
+    }
+  });
+  return values;
+}
+
+QuantizedMatrix Refiner::take() {
+  matrix_.scale = matrix_.scale.to(matrix_.spec.storage);
+  return std::move(matrix_);
+}
+
+static std::vector<Range> panels_of(const Factor& factor) {
+  std::vector<Range> panels;
+  for (const at::Tensor& panel : factor.panels)
+    panels.push_back({panel.size(0) - panel.size(1), panel.size(0)});
+  return panels;
+}
+
+Slab slab_of(const Factor& factor, Range columns, bool is_for_sweep) {
+  const auto part = [&](size_t p, Range rows) { return factor.panels[p].slice(0, rows.begin, rows.end); };
+  return {columns, slab_rows(panels_of(factor), columns, part), factor, is_for_sweep};
+}
+
+QuantizedMatrix refine(const QuantizedMatrix& start, const at::Tensor& target, const Factor& factor,
+                       int64_t sweeps) {
+  const int64_t group_width = factor.n_columns() / n_groups(factor.n_columns(), start.spec);
+  Refiner refiner(start, target, factor);
+  for (int64_t pass = 0; pass <= sweeps; ++pass)
+    for (const Range& columns : refinement_slabs(panels_of(factor), group_width)) {
+      const Slab slab = slab_of(factor, columns, pass > 0);
+      pass == 0 ? refiner.load(slab) : refiner.sweep(slab);
+    }
+  return refiner.take();
 }
 
 }  // namespace isobath::quant

@@ -244,8 +244,10 @@ TEST(Time, WhatIsConfiguredIsPriced) {
 
   config.quantization.refinement.sweeps = 1;
   cluster.host.f32_thin_tflops = 1e-12;
-  // group 0: a group is a whole row. One tile of rows a module.
-  EXPECT_NEAR(part("refinement"), 4 * 2.0 * 64 * (6 * 8 * (8 + 5 * 8) + 16 * (16 + 5 * 16)), 1e-6);
+  // group 0: a group is a whole row, and a slab the whole of H. One tile of rows a module; a slab of each of
+  // the seven modules' factors.
+  EXPECT_NEAR(part("refinement"),
+              4 * (2.0 * 64 * (6 * 8 * 6.5 * 8 + 16 * 6.5 * 16) + 6 * 8 * 8 * 8 + 16 * 16 * 16), 1e-6);
   config.quantization.refinement.sweeps = 0;
 
   cluster = instant_cluster();

@@ -78,12 +78,13 @@ TEST(Memory, QuantizeHoldsTheCovariancesOfOneInputSet) {
   EXPECT_EQ(held("hidden states"), (std::pair{2 * 20.0 * 2 * (8 + 16) + 5 * (8 + 12) * 16, 0.0}));
 
   // Two row groups on four ranks of one node, a shard each at most: two roots factorize at once. While rows
-  // are solved: factor, H, C and correction of both groups, a damped H, and 4 rows of 16 channels of each.
+  // are solved: factor, H, C and correction of both groups, 4 rows of 16 channels of each, and a slab.
   Cluster node = cluster;
   node.ranks_per_node = 4;
   config.sensitivity.row_groups = 2;
   const RankMemory two = quantize_memory(Job(config, model, node, 4, 1), 0);
-  EXPECT_EQ(two.root_bytes, 2 * 1024 + 1024 + 44 * 256 - ((2 * 4 + 1) * 1024 + 2 * 5 * 4 * 16));
+  EXPECT_EQ(two.root_bytes,
+            2 * 1024 + 1024 + 44 * 256 - (2 * 4 * 1024 + 2 * 6 * 4 * 16 + 4 * 16 * (16 + 16)));
   EXPECT_EQ(two.node_root_bytes, 2 * two.root_bytes);
 }
 
@@ -106,8 +107,12 @@ TEST(Memory, AWideCovarianceIsSharedByTheRanks) {
   // six panels, a partial sum of each, and one that arrives.
   EXPECT_EQ(solver_bytes(1), 8 * entries + 20 * kPanel);
   EXPECT_EQ(solver_bytes(4), std::max(2 * entries + 20 * kPanel, 4 * (6 + 6 + 1) * kPanel));
-  // What needs H whole on every rank is not spread.
+  // A refinement takes the rows of the factor slab by slab; less than what summing H took.
   config.quantization.refinement.sweeps = 1;
+  EXPECT_TRUE(Job(config, model, cluster, 4, 1).is_spread(8192));
+  EXPECT_EQ(solver_bytes(4), std::max(2 * entries + 20 * kPanel, 4 * (6 + 6 + 1) * kPanel));
+  // What needs H whole is not spread.
+  config.quantization.asymmetric.correction = "qep";
   EXPECT_FALSE(Job(config, model, cluster, 4, 1).is_spread(8192));
   EXPECT_GT(solver_bytes(4), 4 * 8192.0 * 8192);
 }

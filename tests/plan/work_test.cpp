@@ -144,14 +144,19 @@ TEST(Work, RefinementAndCorrectionByHand) {
   config::Quantization quantization;
   quantization.refinement.sweeps = 2;
   quantization.group = 64;
-  // H (Ŵ − T)ᵀ to start; a sweep updates it after codes and after grids, and multiplies each group's own H
-  // three times, seven where zero points move.
+  // Half of a product to load; a sweep takes the gradient and updates the errors, the gradient within the
+  // slab after codes and after grids, and multiplies each group's own H three times, seven where zero points
+  // move. 512 columns are a slab of 384 and one of 128.
+  EXPECT_EQ(slab_columns(512, quantization), 384);
+  EXPECT_EQ(refine_slabs(512, quantization).thin_flops, 2 * 384.0 * 512 * 512);
+  EXPECT_EQ(refine_rows(70, 512, quantization, 1).thin_flops,
+            2.0 * 128 * 512 * (256 + 2 * (512 + 2 * 384 + 3 * 64)));
   EXPECT_EQ(refine_rows(70, 256, quantization, 1).thin_flops,
-            2.0 * 128 * 256 * (256 + 2 * (2 * 256 + 3 * 64)));
+            2.0 * 128 * 256 * (128 + 2 * (256 + 2 * 256 + 3 * 64)));
   EXPECT_EQ(refine_rows(70, 256, quantization, 1).column_flops, 2 * 128.0 * 256 * 128);
   quantization.symmetric = false;
   EXPECT_EQ(refine_rows(70, 256, quantization, 1).thin_flops,
-            2.0 * 128 * 256 * (256 + 2 * (2 * 256 + 7 * 64)));
+            2.0 * 128 * 256 * (128 + 2 * (256 + 2 * 256 + 7 * 64)));
 
   // Cholesky and two solves, or two triangular solves.
   EXPECT_DOUBLE_EQ(correction(3, {.correction = "qep"}).f64_factor_flops, 9 + 2 * 27);

@@ -16,37 +16,69 @@ constexpr double kRoundingSlack = 1 + 1e-6;
 /// A move at a tie may be taken in f32 and not in f64; the whole row then takes another path.
 constexpr double kMinRowsEqual = 0.9;
 constexpr double kTotalObjectiveTolerance = 5e-3;
+/// Errors are carried through two sweeps in f32, and λ‖ΔW‖² is subtracted.
+constexpr double kObjectiveTolerance = 1e-4;
 constexpr double kDamping = 0.01;
 
 static double reached(const Problem& problem, const at::Tensor& h, const QuantizedMatrix& matrix) {
   return objective(problem.w, dequantize(matrix), h);
 }
 
-TEST(DampedHessian, IsHPlusLambdaOverItsMeanDiagonalWithoutDeadColumns) {
-  const at::Tensor h = at::tensor({2.0F, 1.0F, 0.0F, 1.0F, 6.0F, 0.0F, 0.0F, 0.0F, 0.0F}).view({3, 3});
+/// (H + λ·mean(diag H)·I)/mean over the live columns, f64; dead ones are zero.
+static at::Tensor damped(const at::Tensor& h, double damping = kDamping) {
+  const at::Tensor wide = h.to(at::kDouble), diagonal = wide.diagonal();
+  const at::Tensor is_live = (diagonal > 0).to(at::kDouble);
+  return wide / (diagonal.sum() / is_live.sum()) + damping * at::diag(is_live);
+}
 
-  const at::Tensor damped = damped_hessian(h, 0.5);
+TEST(RefinementSlabs, EndWhereGroupsEndOrAreSinglePanels) {
+  const auto of = [](int64_t n_columns, int64_t panel, int64_t group) {
+    std::vector<std::pair<int64_t, int64_t>> slabs;
+    for (const Range& slab : refinement_slabs(column_panels(n_columns, panel), group))
+      slabs.emplace_back(slab.begin, slab.end);
+    return slabs;
+  };
+  using Slabs = std::vector<std::pair<int64_t, int64_t>>;
+  EXPECT_EQ(of(576, 384, 64), (Slabs{{0, 384}, {384, 576}}));
+  EXPECT_EQ(of(1024, 384, 256), (Slabs{{0, 768}, {768, 1024}}));
+  EXPECT_EQ(of(1024, 384, 1024), (Slabs{{0, 1024}}));
+  EXPECT_EQ(of(kWidestSlab + 384, 384, kWidestSlab + 384).size(), 9U) << "too wide: one panel a slab";
+}
 
-  const at::Tensor expected =
-      at::tensor({1.0F, 0.25F, 0.0F, 0.25F, 2.0F, 0.0F, 0.0F, 0.0F, 0.0F}).view({3, 3});
-  EXPECT_TRUE(at::equal(damped, expected));
-  EXPECT_TRUE(at::equal(damped_hessian(h * 0x1p-120, 0.5), expected)) << "the size of H must not matter";
+TEST(Slab, IsTheDampedHessianOfItsColumns) {
+  Problem problem = random_problem(1, 96, 27);
+  problem.h[40].zero_();
+  problem.h.select(1, 40).zero_();
+  for (const auto order : {ActOrder::none, ActOrder::static_groups}) {
+    const Factor factor = factorize(problem.h, {.damping = 0.05, .act_order = order, .panel_width = 32});
+    const at::Tensor expected =
+        damped(problem.h, 0.05).index_select(0, factor.order).index_select(1, factor.order).to(at::kFloat);
+    for (const Range columns : {Range{0, 32}, Range{32, 96}}) {
+      const Slab slab = slab_of(factor, columns, true);
+      const at::Tensor own =
+          expected.slice(0, columns.begin, columns.end).slice(1, columns.begin, columns.end);
+      EXPECT_TRUE(at::allclose(slab.curvature, own, 1e-5, 1e-6));
+    }
+  }
 }
 
 TEST(Refine, NeverRaisesTheObjectiveAndHelps) {
   const Problem problem = random_problem(70, 256, 21);
-  const at::Tensor h = damped_hessian(problem.h, kDamping);
+  const at::Tensor h = damped(problem.h);
   for (const int bits : {2, 3, 4, 8}) {
     for (const bool symmetric : {true, false}) {
-      for (const int64_t group : {32, 0}) {
+      for (const auto& [group, panel] : {std::pair{32, 384}, {32, 96}, {128, 96}, {0, 384}}) {
         for (const auto order : {ActOrder::none, ActOrder::static_groups}) {
-          SCOPED_TRACE(fmt::format("{} bits, symmetric {}, group {}", bits, symmetric, group));
+          SCOPED_TRACE(fmt::format("{} bits, symmetric {}, group {}, panels of {}, act-order {}", bits,
+                                   symmetric, group, panel, order != ActOrder::none));
           const GridSpec spec{.bits = bits, .group = group, .symmetric = symmetric};
-          const QuantizedMatrix start = gptq(problem.w, factorize(problem.h, {.act_order = order}), spec);
+          const Factor factor =
+              factorize(problem.h, {.damping = kDamping, .act_order = order, .panel_width = panel});
+          const QuantizedMatrix start = gptq(problem.w, factor, spec);
           const double first = reached(problem, h, start);
           double before = first;
           for (const int64_t sweeps : {1, 2, 4}) {
-            const double after = reached(problem, h, refine(start, problem.w, h, sweeps));
+            const double after = reached(problem, h, refine(start, problem.w, factor, sweeps));
             EXPECT_LE(after, before * kRoundingSlack) << sweeps;
             before = after;
           }
@@ -61,7 +93,7 @@ TEST(Refine, AgreesWithTheLiteralDescent) {
   Problem problem = random_problem(24, 64, 22);
   problem.h[5].zero_();
   problem.h.select(1, 5).zero_();
-  const at::Tensor h = damped_hessian(problem.h, kDamping);
+  const at::Tensor h = damped(problem.h);
   for (const int bits : {2, 3, 4}) {
     for (const bool symmetric : {true, false}) {
       for (const auto storage : {at::kBFloat16, at::kFloat}) {
@@ -69,12 +101,17 @@ TEST(Refine, AgreesWithTheLiteralDescent) {
         const GridSpec spec{.bits = bits, .group = 16, .symmetric = symmetric, .storage = storage};
         const QuantizedMatrix start = round_to_nearest(problem.w.masked_fill(h.diagonal() == 0, 0), {}, spec);
 
-        const QuantizedMatrix fast = refine(start, problem.w, h, 2);
-        const QuantizedMatrix slow = reference::refine(start, problem.w, h, 2);
+        for (const int64_t panel : {64, 16}) {
+          const Factor factor = factorize(problem.h, {.damping = kDamping, .panel_width = panel});
 
-        const at::Tensor equal = (fast.codes == slow.codes).all(1) & (fast.zero == slow.zero).all(1);
-        EXPECT_GE(equal.to(at::kDouble).mean().item<double>(), kMinRowsEqual);
-        EXPECT_NEAR(reached(problem, h, fast) / reached(problem, h, slow), 1, kTotalObjectiveTolerance);
+          const QuantizedMatrix fast = refine(start, problem.w, factor, 2);
+          const QuantizedMatrix slow =
+              reference::refine(start, problem.w, h, 2, refinement_slabs(column_panels(64, panel), 16));
+
+          const at::Tensor equal = (fast.codes == slow.codes).all(1) & (fast.zero == slow.zero).all(1);
+          EXPECT_GE(equal.to(at::kDouble).mean().item<double>(), kMinRowsEqual);
+          EXPECT_NEAR(reached(problem, h, fast) / reached(problem, h, slow), 1, kTotalObjectiveTolerance);
+        }
       }
     }
   }
@@ -102,10 +139,10 @@ TEST(Refine, ReachesTheOptimumOfTinyProblemsMoreOftenThanTheColumnLoop) {
   int n_started_at_optimum = 0, n_refined_at_optimum = 0;
   for (uint64_t seed = 0; seed < kProblems; ++seed) {
     const Problem problem = random_problem(1, 4, 100 + seed);
-    const at::Tensor h = damped_hessian(problem.h, kDamping);
-    const QuantizedMatrix start =
-        gptq(problem.w, factorize(problem.h, {}), {.bits = 2, .group = 0, .symmetric = true});
-    const QuantizedMatrix refined = refine(start, problem.w, h, 10);
+    const at::Tensor h = damped(problem.h);
+    const Factor factor = factorize(problem.h, {.damping = kDamping});
+    const QuantizedMatrix start = gptq(problem.w, factor, {.bits = 2, .group = 0, .symmetric = true});
+    const QuantizedMatrix refined = refine(start, problem.w, factor, 10);
 
     const double optimum = brute_force(problem, h, refined);
 
@@ -123,7 +160,7 @@ TEST(Refine, IsOptimalAtOnceWithoutCorrelation) {
   QuantizedMatrix start = round_to_nearest(problem.w, {}, {.bits = 3, .group = 0});
   start.codes.zero_();
 
-  const QuantizedMatrix refined = refine(start, problem.w, h, 20);
+  const QuantizedMatrix refined = refine(start, problem.w, factorize(h, {}), 20);
 
   for (int64_t row = 0; row < 3; ++row) {
     const Problem one{problem.w.slice(0, row, row + 1), h};
@@ -139,7 +176,7 @@ TEST(Refine, FindsTheScaleThatMadeTheWeights) {
   QuantizedMatrix start = round_to_nearest(w, {}, {.bits = 3, .group = 0});
   start.scale.fill_(0.27);
 
-  const QuantizedMatrix refined = refine(start, w, h, 3);
+  const QuantizedMatrix refined = refine(start, w, factorize(h, {}), 3);
 
   EXPECT_EQ(refined.scale.to(at::kFloat).item<float>(), 0.25F);
   EXPECT_TRUE(at::equal(dequantize(refined).to(at::kFloat), w));
@@ -150,9 +187,10 @@ TEST(Refine, DeadColumnsStayZero) {
   problem.h[5].zero_();
   problem.h.select(1, 5).zero_();
   const GridSpec spec{.bits = 3, .group = 16, .symmetric = false};
-  const QuantizedMatrix start = gptq(problem.w, factorize(problem.h, {}), spec);
+  const Factor factor = factorize(problem.h, {.damping = kDamping});
+  const QuantizedMatrix start = gptq(problem.w, factor, spec);
 
-  const QuantizedMatrix refined = refine(start, problem.w, damped_hessian(problem.h, kDamping), 3);
+  const QuantizedMatrix refined = refine(start, problem.w, factor, 3);
 
   EXPECT_FALSE(at::equal(refined.codes, start.codes));
   EXPECT_EQ(dequantize(refined).select(1, 5).count_nonzero().item<int64_t>(), 0);
@@ -160,20 +198,19 @@ TEST(Refine, DeadColumnsStayZero) {
 
 TEST(Refine, RowsHaveTheSameBitsInAnyTileAsInOneCall) {
   const Problem problem = random_problem(150, 320, 26);
-  const at::Tensor h = damped_hessian(problem.h, kDamping);
-  const Factor factor = factorize(problem.h, {});
+  const Factor factor = factorize(problem.h, {.panel_width = 128});
   for (const GridSpec& spec :
        {GridSpec{.bits = 3, .group = 64}, GridSpec{.bits = 2, .group = 0, .symmetric = false}}) {
     const QuantizedMatrix start = gptq(problem.w, factor, spec);
-    const QuantizedMatrix whole = refine(start, problem.w, h, 3);
+    const QuantizedMatrix whole = refine(start, problem.w, factor, 3);
     for (const int64_t part : {kRowTile, int64_t{1}, int64_t{37}, int64_t{100}}) {
       std::vector<at::Tensor> codes, scale, zero;
       for (int64_t begin = 0; begin < 150; begin += part) {
         const auto rows = [&](const at::Tensor& t) {
           return t.slice(0, begin, std::min(begin + part, int64_t{150}));
         };
-        const QuantizedMatrix tile =
-            refine({spec, rows(start.codes), rows(start.scale), rows(start.zero)}, rows(problem.w), h, 3);
+        const QuantizedMatrix tile = refine({spec, rows(start.codes), rows(start.scale), rows(start.zero)},
+                                            rows(problem.w), factor, 3);
         codes.push_back(tile.codes);
         scale.push_back(tile.scale);
         zero.push_back(tile.zero);
@@ -182,6 +219,30 @@ TEST(Refine, RowsHaveTheSameBitsInAnyTileAsInOneCall) {
       EXPECT_TRUE(at::equal(at::cat(scale), whole.scale)) << part;
       EXPECT_TRUE(at::equal(at::cat(zero), whole.zero)) << part;
     }
+  }
+}
+
+TEST(Refiner, KnowsTheUndampedObjectiveOfItsTiles) {
+  Problem problem = random_problem(150, 128, 28);
+  problem.h[5].zero_();
+  problem.h.select(1, 5).zero_();
+  const Factor factor = factorize(problem.h, {.damping = kDamping, .panel_width = 64});
+  const QuantizedMatrix start = gptq(problem.w, factor, {.bits = 3, .group = 32});
+  Refiner refiner(start, problem.w, factor);
+  for (int64_t pass = 0; pass <= 2; ++pass)
+    for (const Range& columns : refinement_slabs(column_panels(128, 64), 32)) {
+      const Slab slab = slab_of(factor, columns, pass > 0);
+      pass == 0 ? refiner.load(slab) : refiner.sweep(slab);
+    }
+
+  const at::Tensor objectives = refiner.objectives(kRowTile);
+  const at::Tensor values = dequantize(refiner.take());
+
+  ASSERT_EQ(objectives.size(0), 3);
+  for (int64_t tile = 0; tile < 3; ++tile) {
+    const int64_t begin = tile * kRowTile, end = std::min<int64_t>(150, begin + kRowTile);
+    const double expected = objective(problem.w.slice(0, begin, end), values.slice(0, begin, end), problem.h);
+    EXPECT_NEAR(objectives[tile].item<double>() / expected, 1, kObjectiveTolerance);
   }
 }
 

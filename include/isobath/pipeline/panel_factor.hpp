@@ -64,4 +64,8 @@ inline constexpr size_t kPanelsPerPass = 6;
 [[nodiscard]] at::Tensor share_panel(const quant::Factor& factor, const PanelLayout& layout, size_t panel,
                                      const comm::Communicator& comm);
 
+/// quant::slab_rows on every rank; panels that all ranks have are not sent. Collective.
+[[nodiscard]] at::Tensor share_slab(const quant::Factor& factor, const PanelLayout& layout, Range columns,
+                                    bool is_everywhere, const comm::Communicator& comm);
+
 }  // namespace isobath::pipeline

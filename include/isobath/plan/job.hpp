@@ -29,11 +29,10 @@ struct Layout {
                    int replicas, const model::Activations& activations = {});
 };
 
-/// Whether the solver needs H whole on every rank: for refinement, a correction, act-order.
+/// Whether one rank must factorize H whole: for a correction, act-order.
 [[nodiscard]] inline bool needs_whole(const config::Quantization& quantization) {
   return quantization.solver != "round_to_nearest" &&
-         (quantization.refinement.sweeps > 0 || quantization.asymmetric.is_on() ||
-          quantization.act_order != "none");
+         (quantization.asymmetric.is_on() || quantization.act_order != "none");
 }
 
 /// A run on a cluster: what memory and time are functions of. References outlive it.
@@ -67,7 +66,7 @@ struct Job {
   [[nodiscard]] bool refines() const {
     return uses_covariance() && config.quantization.refinement.sweeps > 0;
   }
-  /// Whether H must stand whole on every rank.
+  /// Whether one rank factorizes an H of any width.
   [[nodiscard]] bool needs_whole() const { return plan::needs_whole(config.quantization); }
   /// Whether an H of d channels is factorized in panels that belong to the ranks in turn.
   [[nodiscard]] bool is_spread(double d) const;

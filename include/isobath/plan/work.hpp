@@ -102,18 +102,21 @@ struct Shapes {
 /// The correction matrix of one H: qep 7/3 d³ of factor and solve, gptaq 2 d³ of triangular solves.
 [[nodiscard]] Work correction(double d, const config::Asymmetric& asymmetric);
 
-/// quant::damped_hessian, which every rank makes of each H when codes are refined.
-[[nodiscard]] Work damped_hessian(double d);
-
 /// quant::gptq of `n_rows` rows (whole tiles of 64): n d² thin; 128 n d in the column loop and the clip
 /// search as the busiest of `threads` threads has them, which share tiles of `height` rows.
 [[nodiscard]] Work solve_rows(double n_rows, double d, const config::Quantization& quantization,
                               double height, double threads);
 
-/// quant::refine of `n_rows` rows (whole tiles): 2 n d² thin flops to start; a sweep moves codes (2 n d², and
-/// 128 n d in the column loop) and grids (2 n d², and the products with each group's own H). All sweeps are
-/// counted: they end earlier when nothing moves. The column loop is that of the busiest
-/// of `threads` threads, which share tiles of 64.
+/// Columns of the widest of quant::refinement_slabs.
+[[nodiscard]] double slab_columns(double d, const config::Quantization& quantization);
+
+/// quant::Slab of all slabs of one factor, in every sweep: each rank makes them, w d² flops.
+[[nodiscard]] Work refine_slabs(double d, const config::Quantization& quantization);
+
+/// quant::Refiner of `n_rows` rows (whole tiles): n d² thin flops to load; a sweep 2 n d², and within a slab
+/// of w columns 2 n d w after codes and after grids, 128 n d in the column loop, and the products with each
+/// group's own H. All sweeps are counted: they end earlier when nothing moves. The column loop is that of
+/// the busiest of `threads` threads, which share tiles of 64.
 [[nodiscard]] Work refine_rows(double n_rows, double d, const config::Quantization& quantization,
                                double threads);
 

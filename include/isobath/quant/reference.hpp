@@ -9,10 +9,10 @@ namespace isobath::quant::reference {
 /// over all later columns.
 [[nodiscard]] QuantizedMatrix gptq(const at::Tensor& w, const at::Tensor& h, const FactorSpec& factor,
                                    const GridSpec& spec);
-/// Coordinate descent one row at a time: every code against all others by the whole objective, then every
-/// group's grid.
+/// Coordinate descent one row and slab at a time: every code against all others by the whole objective, then
+/// the grid of every group within the slab.
 [[nodiscard]] QuantizedMatrix refine(const QuantizedMatrix& start, const at::Tensor& target,
-                                     const at::Tensor& h, int64_t sweeps);
+                                     const at::Tensor& h, int64_t sweeps, const std::vector<Range>& slabs);
 /// argmin_V ‖D^½ (X̃Wᵀ − XVᵀ)‖² + ridge·‖V − W‖² from the inputs [n, C] and token weights [n], f64 [R, C].
 [[nodiscard]] at::Tensor least_squares_target(const at::Tensor& w, const at::Tensor& x_original,
                                               const at::Tensor& x, const at::Tensor& token_weights,

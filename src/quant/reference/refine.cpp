@@ -102,7 +102,7 @@ struct Row {
 }  // namespace
 
 QuantizedMatrix refine(const QuantizedMatrix& start, const at::Tensor& target, const at::Tensor& h,
-                       int64_t sweeps) {
+                       int64_t sweeps, const std::vector<Range>& slabs) {
   const int64_t n_rows = target.size(0), n_columns = target.size(1);
   const int64_t groups = n_groups(n_columns, start.spec);
   QuantizedMatrix matrix{start.spec, start.codes.clone(), start.scale.clone(), start.zero.clone()};
@@ -124,9 +124,13 @@ QuantizedMatrix refine(const QuantizedMatrix& start, const at::Tensor& target, c
     }
     for (int64_t sweep = 0; sweep < sweeps; ++sweep) {
       bool any = false;
-      for (size_t j = 0; j < row.codes.size(); ++j)
-        if (row.is_live(j)) any |= row.move_code(j);
-      for (size_t group = 0; group < row.scale.size(); ++group) any |= row.move_grid(group);
+      for (const Range& slab : slabs) {
+        for (int64_t j = slab.begin; j < slab.end; ++j)
+          if (row.is_live(static_cast<size_t>(j))) any |= row.move_code(static_cast<size_t>(j));
+        for (int64_t group = 0; group < groups; ++group)
+          if (group * row.width >= slab.begin && (group + 1) * row.width <= slab.end)
+            any |= row.move_grid(static_cast<size_t>(group));
+      }
       if (!any) break;
     }
     for (int64_t j = 0; j < n_columns; ++j) matrix.codes[r][j] = row.codes[static_cast<size_t>(j)];
