@@ -68,7 +68,7 @@ class LargeMatrix {
         layout, owners, world_, c10::Device(c10::kCPU),
         [&](const pipeline::VisitRows& visit, const std::function<void(int64_t)>& close_shard) {
           for (size_t s = 0; s < x.size(); ++s) {
-            visit(x[s], token_weights);
+            visit(x[s], {}, token_weights);
             close_shard(shards.begin + static_cast<int64_t>(s));
           }
         });

@@ -59,14 +59,14 @@ static_assert(kBlockChannels % Bf16Kernel::kPanel == 0 && kBlockChannels % F32Ke
 template <class Kernel>
 class Packed {
  public:
-  /// Of the first n_channels of x.
-  Packed(const at::Tensor& x, const at::Tensor& roots, int64_t n_channels)
+  /// Of the first n_channels of x; the tokens of a chunk are as many as fit of n_widest channels.
+  Packed(const at::Tensor& x, const at::Tensor& roots, int64_t n_channels, int64_t n_widest)
       : rows_(x.stride(1) == 1 ? x : x.contiguous()),
         roots_(roots.defined() ? roots.contiguous() : roots),
         n_channels_(n_channels),
         n_panels_((n_channels + Kernel::kPanel - 1) / Kernel::kPanel) {
     const int64_t n = x.size(0);
-    chunk_tokens_ = n * n_channels <= kChunkWords ? n : kChunkTokens;
+    chunk_tokens_ = n * n_widest <= kChunkWords ? n : kChunkTokens;
     const int64_t n_passes =
         (std::min(n, chunk_tokens_) + Kernel::kTokensPerPass - 1) / Kernel::kTokensPerPass;
     scratch_ = at::empty({n_passes * n_panels_ * kPanelSize}, at::kFloat);
@@ -164,7 +164,7 @@ bool is_usable(Packed<Kernel>& x) {
 
 template <class Kernel>
 bool add_gram_as(Target c, int64_t n_channels, const at::Tensor& x, const at::Tensor& roots) {
-  Packed<Kernel> packed(x, roots, n_channels);
+  Packed<Kernel> packed(x, roots, n_channels, n_channels);
   if (!is_usable(packed)) return false;
   for (int64_t chunk = 0; chunk < packed.n_chunks(); ++chunk) {
     // Large matrices only, where packing twice costs nothing beside the product.
@@ -176,7 +176,8 @@ bool add_gram_as(Target c, int64_t n_channels, const at::Tensor& x, const at::Te
 
 template <class Kernel>
 bool add_product_as(Target c, const at::Tensor& a, const at::Tensor& b) {
-  Packed<Kernel> left(a, {}, a.size(1)), right(b, {}, b.size(1));
+  const int64_t widest = std::max(a.size(1), b.size(1));
+  Packed<Kernel> left(a, {}, a.size(1), widest), right(b, {}, b.size(1), widest);
   if (!is_usable(left) || !is_usable(right)) return false;
   for (int64_t chunk = 0; chunk < left.n_chunks(); ++chunk) {
     if (left.n_chunks() > 1) {
@@ -233,9 +234,10 @@ bool add_gram(at::Tensor& upper, const at::Tensor& x, const at::Tensor& roots) {
 
 bool add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
   check_input(a, {});
-  ISOBATH_CHECK(a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type() && a.device() == b.device(),
-                "add_product needs two inputs [n, d] of one dtype on one device");
-  check_sum(sum, a.size(1), a.size(1), a.device());
+  ISOBATH_CHECK(b.dim() == 2 && a.size(0) == b.size(0) && a.scalar_type() == b.scalar_type() &&
+                    a.device() == b.device(),
+                "add_product needs inputs [n, d] and [n, w] of one dtype on one device");
+  check_sum(sum, a.size(1), b.size(1), a.device());
   if (a.numel() == 0) return true;
   if (a.is_cuda()) return device::add_product(sum, a, b);
   const Target c{sum.mutable_data_ptr<float>(), sum.size(1), 0};

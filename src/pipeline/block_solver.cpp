@@ -51,15 +51,23 @@ void BlockSolver::factorize_whole(const std::vector<SolverUnit*>& units, int64_t
     if (world.rank() != unit->root) continue;
     const trace::Span span("factorize");
     unit->factor = quant::factorize(unit->h, factor_spec_);
-    if (unit->factor.failed || !asymmetric.is_on()) continue;
-    unit->correction = asymmetric.correction == "qep"
-                           ? quant::qep_correction(unit->c, unit->h, asymmetric.ridge)
-                           : quant::gptaq_correction(unit->c, unit->factor);
+    if (!unit->factor.failed && asymmetric.is_on()) {
+      if (asymmetric.correction == "qep") {
+        unit->ridge_factor = quant::factorize(unit->h, quant::ridge_spec(asymmetric.ridge));
+        quant::check_ridge(unit->ridge_factor);
+      } else {
+        unit->correction = quant::gptaq_correction(unit->c, unit->factor);
+      }
+      for (const Range& columns : unit->layout.columns)
+        unit->c_panels.push_back(unit->c.slice(1, columns.begin, columns.end).contiguous());
+    }
+    unit->h.reset();
+    unit->c.reset();
   }
 }
 
 void BlockSolver::share(SolverUnit& unit, int64_t n_channels) const {
-  const trace::Span span("H to all ranks");
+  const trace::Span span("facts of the factor to all ranks");
   const comm::Communicator& world = session_.world();
   quant::Factor& factor = unit.factor;
   std::array<double, 4> facts{factor.damping, factor.mean, static_cast<double>(factor.n_fallbacks),
@@ -80,14 +88,14 @@ void BlockSolver::share(SolverUnit& unit, int64_t n_channels) const {
   send(factor.order);
   send(factor.dead);
   send(factor.curvature);
-  if (factor.failed || !session_.config.quantization.asymmetric.is_on()) {
-    unit.h.reset();
-    unit.c.reset();
-    return;
-  }
-  send(unit.h);
-  send(unit.c);
-  send(unit.correction);
+  const config::Asymmetric& asymmetric = session_.config.quantization.asymmetric;
+  if (factor.failed || !asymmetric.is_on()) return;
+  unit.c_panels.resize(unit.layout.columns.size());
+  if (asymmetric.correction != "qep") return send(unit.correction);
+  if (!is_root)
+    unit.ridge_factor =
+        quant::factor_of_diagonal(at::zeros({n_channels}, at::kDouble), quant::ridge_spec(asymmetric.ridge));
+  send(unit.ridge_factor.curvature);
 }
 
 void BlockSolver::factorize(const std::vector<SolverUnit*>& units, int64_t n_channels,
@@ -150,8 +158,9 @@ std::vector<Solved> BlockSolver::solve(int64_t block, const std::vector<SolveTas
     rows.solve(solved);
     for (SolverUnit* unit : together) {
       describe(*unit, n_channels, solved);
-      unit->factor = {};
-      unit->h = unit->c = unit->correction = at::Tensor();
+      unit->factor = unit->ridge_factor = {};
+      unit->correction.reset();
+      unit->c_panels.clear();
     }
   }
   for (size_t t = 0; t < tasks.size(); ++t)

@@ -7,23 +7,26 @@
 #include <isobath/pipeline/share.hpp>
 #include <isobath/quant/refine.hpp>
 #include <isobath/sensitivity/covariance.hpp>
+#include <isobath/sensitivity/cross_covariance.hpp>
 
 namespace isobath::pipeline {
 
-std::vector<at::Tensor> sum_panels(const PanelLayout& layout, const std::vector<int>& shard_owners,
-                                   const comm::Communicator& comm, c10::Device device,
-                                   const ForEachRows& for_each_rows) {
+/// Sums the panels in passes over the rows. make_sums: of some ranges of columns; add(sums, rows…).
+template <class MakeSums, class Add>
+static std::vector<at::Tensor> sum_in_passes(const PanelLayout& layout, const std::vector<int>& shard_owners,
+                                             const comm::Communicator& comm, const MakeSums& make_sums,
+                                             const Add& add, const ForEachRows& for_each_rows) {
   std::vector<at::Tensor> panels(layout.columns.size());
   for (size_t end = panels.size(); end > 0;) {
     const size_t first = end - std::min(end, kPanelsPerPass);
-    sensitivity::CovariancePanels sums({layout.columns.begin() + static_cast<std::ptrdiff_t>(first),
-                                        layout.columns.begin() + static_cast<std::ptrdiff_t>(end)},
-                                       device);
+    auto sums = make_sums({layout.columns.begin() + static_cast<std::ptrdiff_t>(first),
+                           layout.columns.begin() + static_cast<std::ptrdiff_t>(end)});
     std::vector<comm::TreeSum> trees;
     for (size_t p = first; p < end; ++p) trees.emplace_back(shard_owners, comm.rank());
     {
       const trace::Span span("covariance");
-      for_each_rows([&](const at::Tensor& x, const at::Tensor& weights) { sums.add(x, weights); },
+      for_each_rows([&](const at::Tensor& x, const at::Tensor& original,
+                        const at::Tensor& weights) { add(sums, x, original, weights); },
                     [&](int64_t shard) {
                       std::vector<at::Tensor> total = sums.take();
                       for (size_t p = 0; p < trees.size(); ++p) trees[p].add(shard, total[p].cpu());
@@ -37,6 +40,31 @@ std::vector<at::Tensor> sum_panels(const PanelLayout& layout, const std::vector<
     end = first;
   }
   return panels;
+}
+
+std::vector<at::Tensor> sum_panels(const PanelLayout& layout, const std::vector<int>& shard_owners,
+                                   const comm::Communicator& comm, c10::Device device,
+                                   const ForEachRows& for_each_rows) {
+  return sum_in_passes(
+      layout, shard_owners, comm,
+      [&](std::vector<Range> columns) { return sensitivity::CovariancePanels(std::move(columns), device); },
+      [](sensitivity::CovariancePanels& sums, const at::Tensor& x, const at::Tensor&,
+         const at::Tensor& weights) { sums.add(x, weights); },
+      for_each_rows);
+}
+
+std::vector<at::Tensor> sum_cross_panels(const PanelLayout& layout, const std::vector<int>& shard_owners,
+                                         const comm::Communicator& comm, c10::Device device,
+                                         const ForEachRows& for_each_rows) {
+  const int64_t n_channels = layout.columns.back().end;
+  return sum_in_passes(
+      layout, shard_owners, comm,
+      [&](std::vector<Range> columns) {
+        return sensitivity::CrossCovariance(n_channels, std::move(columns), device);
+      },
+      [](sensitivity::CrossCovariance& sums, const at::Tensor& x, const at::Tensor& original,
+         const at::Tensor& weights) { sums.add(x, original, weights); },
+      for_each_rows);
 }
 
 at::Tensor share_diagonal(const std::vector<at::Tensor>& panels, const PanelLayout& layout,
@@ -84,15 +112,24 @@ bool factorize_panels(std::vector<at::Tensor> panels, const PanelLayout& layout,
   return true;
 }
 
+static at::Tensor share_from(int owner, const at::Tensor& own, int64_t n_rows, int64_t n_columns,
+                             const comm::Communicator& comm) {
+  at::Tensor shared = comm.rank() == owner ? own : at::empty({n_rows, n_columns}, at::kFloat);
+  comm.broadcast(shared, owner);
+  return shared;
+}
+
 at::Tensor share_panel(const quant::Factor& factor, const PanelLayout& layout, size_t panel,
                        const comm::Communicator& comm) {
   const trace::Span span("factor to all ranks");
   const Range columns = layout.columns[panel];
-  const int owner = layout.owner(panel);
-  at::Tensor shared =
-      comm.rank() == owner ? factor.panels[panel] : at::empty({columns.end, columns.size()}, at::kFloat);
-  comm.broadcast(shared, owner);
-  return shared;
+  return share_from(layout.owner(panel), factor.panels[panel], columns.end, columns.size(), comm);
+}
+
+at::Tensor share_cross_panel(const at::Tensor& own, const PanelLayout& layout, size_t panel,
+                             const comm::Communicator& comm) {
+  const trace::Span span("C to all ranks");
+  return share_from(layout.owner(panel), own, layout.columns.back().end, layout.columns[panel].size(), comm);
 }
 
 at::Tensor share_slab(const quant::Factor& factor, const PanelLayout& layout, Range columns,
@@ -101,10 +138,8 @@ at::Tensor share_slab(const quant::Factor& factor, const PanelLayout& layout, Ra
   return quant::slab_rows(layout.columns, columns, [&](size_t panel, Range rows) {
     const int owner = layout.owner(panel);
     const bool is_here = is_everywhere || comm.rank() == owner;
-    at::Tensor part = is_here ? factor.panels[panel].slice(0, rows.begin, rows.end)
-                              : at::empty({rows.size(), layout.columns[panel].size()}, at::kFloat);
-    if (!is_everywhere) comm.broadcast(part, owner);
-    return part;
+    const at::Tensor own = is_here ? factor.panels[panel].slice(0, rows.begin, rows.end) : at::Tensor();
+    return is_everywhere ? own : share_from(owner, own, rows.size(), layout.columns[panel].size(), comm);
   });
 }
 

@@ -64,6 +64,13 @@ class SetRows::RowTiles {
 
   void round_early() { round(share_.early); }
 
+  /// Where an asymmetric correction is asked for; then panels of C and, for qep, of the ridge factor go to
+  /// corrected().
+  void begin_correction() {
+    if (share_.solved.size() > 0) corrected_.emplace(weights_of(own_rows()).cpu());
+  }
+  [[nodiscard]] std::optional<quant::CorrectedRows>& corrected() { return corrected_; }
+
   /// To be called when the factor is there, but for its panels.
   void begin() {
     if (unit_.factor.failed) return;
@@ -73,7 +80,7 @@ class SetRows::RowTiles {
     differences_.clear();
     if (share_.solved.size() == 0) return;
     const at::Tensor own = weights_of(own_rows()).cpu();
-    target_ = unit_.correction.defined() ? corrected(own) : own;
+    target_ = corrected_ ? target_of(own) : own;
     solver_.emplace(target_.to(session_.device), unit_.factor, matrix_.spec, height_);
   }
 
@@ -95,11 +102,39 @@ class SetRows::RowTiles {
   }
   [[nodiscard]] std::optional<quant::Refiner>& refiner() { return refiner_; }
 
+  /// This rank's codes are what they will be. With a correction they were not chosen for the original
+  /// weights: their objective takes the factor's panels once more, by `judge`.
+  void settle() {
+    if (!solver_ && !refiner_) return;
+    const at::Tensor chosen = corrected_ ? at::Tensor()
+                              : refiner_ ? refiner_->objectives(height_)
+                                         : solver_->objectives();
+    copy_rows(rows_of(matrix_, own_rows()), refiner_ ? refiner_->take() : solver_->take());
+    solver_.reset();
+    refiner_.reset();
+    target_.reset();
+    for (int64_t tile = share_.solved.begin; tile < share_.solved.end; ++tile)
+      if (corrected_)
+        judged_.emplace_back(tile, quant::FactoredObjective(difference_of(tile), unit_.factor));
+      else
+        objectives_[tile][1] = chosen[tile - share_.solved.begin];
+  }
+  void judge(const at::Tensor& panel) {
+    for (auto& [tile, objective] : judged_) objective.advance(panel);
+  }
+
   /// Writes this rank's codes and shares those of all.
   void finish(ModuleRecord& record) {
     if (unit_.factor.failed) keep_nearest();
     for (const auto& [tile, objective] : rounded_) objectives_[tile][0] = objective.value();
-    if (share_.solved.size() > 0 && !unit_.factor.failed) choose();
+    for (const auto& [tile, objective] : judged_) {
+      objectives_[tile][1] = objective.value();
+      const Range rows = rows_in(tile);
+      const int64_t first_row = own_rows().begin;
+      objectives_[tile][2] =
+          quant::asymmetric_objective(objective.value(), difference_of(tile),
+                                      corrected_->products({rows.begin - first_row, rows.end - first_row}));
+    }
     for (at::Tensor* part : {&matrix_.codes, &matrix_.scale, &matrix_.zero, &objectives_})
       share_disjoint(*part, session_.world());
     // In the order of the tiles, whoever had them.
@@ -113,17 +148,24 @@ class SetRows::RowTiles {
       n_sampled_rows += rows_in(tile).size();
     }
     record.objective_rounded += rounded * static_cast<double>(n_rows_) / static_cast<double>(n_sampled_rows);
-    if (unit_.c.defined()) record.objective_asymmetric = record.objective_asymmetric.value_or(0) + asymmetric;
+    if (session_.config.quantization.asymmetric.is_on() && !unit_.factor.failed)
+      record.objective_asymmetric = record.objective_asymmetric.value_or(0) + asymmetric;
   }
 
  private:
-  // Tile by tile: the bits of a product may depend on its number of rows, which must not be that of a rank.
-  [[nodiscard]] at::Tensor corrected(const at::Tensor& own) const {
+  [[nodiscard]] at::Tensor target_of(const at::Tensor& own) {
+    const double strength = session_.config.quantization.asymmetric.strength;
+    if (!unit_.correction.defined()) return corrected_->take_solution().mul_(strength).add_(own);
+    // Tile by tile: the bits of a product may depend on its number of rows, which must not be that of a rank.
     std::vector<at::Tensor> tiles;
     for (const at::Tensor& tile : own.split(height_))
-      tiles.push_back(
-          quant::corrected(tile, unit_.correction, session_.config.quantization.asymmetric.strength));
+      tiles.push_back(quant::corrected(tile, unit_.correction, strength));
     return at::cat(tiles);
+  }
+  /// Ŵ − W, 0 in dead columns.
+  [[nodiscard]] at::Tensor difference_of(int64_t tile) const {
+    at::Tensor difference = quant::dequantize(rows_of(matrix_, rows_in(tile))).to(at::kFloat) - tile_of(tile);
+    return difference.masked_fill_(unit_.factor.dead, 0);
   }
   [[nodiscard]] Range own_rows() const {
     return {share_.solved.begin * height_, std::min(n_rows_, share_.solved.end * height_)};
@@ -155,21 +197,6 @@ class SetRows::RowTiles {
     }
   }
 
-  void choose() {
-    const at::Tensor chosen = refiner_ ? refiner_->objectives(height_) : solver_->objectives();
-    copy_rows(rows_of(matrix_, own_rows()), refiner_ ? refiner_->take() : solver_->take());
-    solver_.reset();
-    refiner_.reset();
-    for (int64_t tile = share_.solved.begin; tile < share_.solved.end; ++tile) {
-      objectives_[tile][1] = chosen[tile - share_.solved.begin];
-      if (!unit_.correction.defined()) continue;
-      // The codes were not chosen for the original weights.
-      const at::Tensor original = tile_of(tile), values = quant::dequantize(rows_of(matrix_, rows_in(tile)));
-      objectives_[tile][1] = quant::objective(original, values, unit_.h);
-      objectives_[tile][2] = quant::asymmetric_objective(original, values, unit_.h, unit_.c);
-    }
-  }
-
   const Session& session_;
   const SolverUnit& unit_;
   quant::QuantizedMatrix matrix_;  ///< all rows; shares its tensors with the module's
@@ -177,12 +204,13 @@ class SetRows::RowTiles {
   at::Tensor rows_;                ///< [n_rows] i64, or undefined
   int64_t n_rows_, height_, n_tiles_, every_;
   TileShare share_;
-  at::Tensor objectives_;  ///< [tiles, 3] f64: rounded, chosen, asymmetric
-  at::Tensor target_;      ///< this rank's rows, corrected
+  at::Tensor objectives_;                          ///< [tiles, 3] f64: rounded, chosen, asymmetric
+  std::optional<quant::CorrectedRows> corrected_;  ///< this rank's rows
+  at::Tensor target_;                              ///< the same, corrected
   std::optional<quant::RowSolver> solver_;
   std::optional<quant::Refiner> refiner_;                    ///< takes over from the solver
   std::vector<std::pair<int64_t, at::Tensor>> differences_;  ///< of rounded tiles, until the factor is there
-  std::vector<std::pair<int64_t, quant::FactoredObjective>> rounded_;
+  std::vector<std::pair<int64_t, quant::FactoredObjective>> rounded_, judged_;
 };
 
 SetRows::SetRows(const Session& session, const std::vector<SolverUnit*>& units,
@@ -225,38 +253,85 @@ void SetRows::round() {
 
 void SetRows::solve(std::vector<Solved>& solved) {
   const comm::Communicator& world = session_.world();
-  const PanelLayout& layout = units_.front()->layout;
-  // A factor small enough goes to all ranks at once: then none of them waits before all its tiles are solved.
-  const bool is_everywhere = layout.columns.back().end <= quant::kWholeColumns;
+  const size_t n_panels = units_.front()->layout.columns.size();
   const bool refines = session_.config.quantization.refinement.sweeps > 0;
-  if (is_everywhere)
+  const bool is_asymmetric = session_.config.quantization.asymmetric.is_on();
+  // A factor small enough goes to all ranks at once: then none of them waits before all its tiles are solved.
+  if (is_everywhere())
     for (SolverUnit* unit : units_)
-      for (size_t p = 0; p < layout.columns.size() && !unit->factor.failed; ++p)
+      for (size_t p = 0; p < n_panels && !unit->factor.failed; ++p)
         unit->factor.panels[p] = share_panel(unit->factor, unit->layout, p, world);
+  if (is_asymmetric)
+    for (size_t u = 0; u < units_.size(); ++u) correct(u);
   {
     const trace::Span span("begin rows");
     for (std::vector<RowTiles>& of_unit : modules_)
       for (RowTiles& module : of_unit) module.begin();
   }
-  for (size_t p = 0; p < layout.columns.size(); ++p)
+  for (size_t p = 0; p < n_panels; ++p)
     for (size_t u = 0; u < units_.size(); ++u) {
-      quant::Factor& factor = units_[u]->factor;
-      if (factor.failed) continue;
-      const at::Tensor panel =
-          is_everywhere ? factor.panels[p] : share_panel(factor, units_[u]->layout, p, world);
-      if (!refines) factor.panels[p].reset();
+      if (units_[u]->factor.failed) continue;
+      const at::Tensor panel = panel_of(units_[u]->factor, *units_[u], p);
+      if (!refines && !is_asymmetric) units_[u]->factor.panels[p].reset();
       const trace::Span span("solve rows");
       for (RowTiles& module : modules_[u]) module.advance(panel);
     }
-  if (refines)
-    for (size_t u = 0; u < units_.size(); ++u) refine(u, is_everywhere);
+  for (size_t u = 0; u < units_.size(); ++u) {
+    if (refines) refine(u);
+    for (RowTiles& module : modules_[u]) module.settle();
+    for (size_t p = 0; p < n_panels && is_asymmetric && !units_[u]->factor.failed; ++p) {
+      const at::Tensor panel = panel_of(units_[u]->factor, *units_[u], p);
+      const trace::Span span("objectives");
+      for (RowTiles& module : modules_[u]) module.judge(panel);
+    }
+    units_[u]->factor.panels.assign(n_panels, at::Tensor());
+  }
   const trace::Span span("codes to all ranks");
   for (size_t u = 0; u < units_.size(); ++u)
     for (size_t m = 0; m < modules_[u].size(); ++m)
       modules_[u][m].finish(solved[units_[u]->serves[m].task].record);
 }
 
-void SetRows::refine(size_t u, bool is_everywhere) {
+bool SetRows::is_everywhere() const {
+  return units_.front()->layout.columns.back().end <= quant::kWholeColumns;
+}
+
+at::Tensor SetRows::panel_of(const quant::Factor& factor, const SolverUnit& unit, size_t panel) const {
+  return is_everywhere() ? factor.panels[panel] : share_panel(factor, unit.layout, panel, session_.world());
+}
+
+void SetRows::correct(size_t u) {
+  SolverUnit& unit = *units_[u];
+  if (unit.factor.failed) return;
+  const std::vector<Range>& columns = unit.layout.columns;
+  const auto for_each = [&](const auto& visit) {
+    const trace::Span span("correct rows");
+    for (RowTiles& module : modules_[u])
+      if (module.corrected()) visit(*module.corrected());
+  };
+  for (RowTiles& module : modules_[u]) module.begin_correction();
+  for (size_t p = 0; p < columns.size(); ++p) {
+    const at::Tensor c = share_cross_panel(unit.c_panels[p], unit.layout, p, session_.world());
+    unit.c_panels[p].reset();
+    for_each([&](quant::CorrectedRows& rows) { rows.multiply(c, columns[p]); });
+  }
+  quant::Factor& factor = unit.ridge_factor;
+  if (unit.correction.defined()) return;
+  if (is_everywhere())
+    for (size_t p = 0; p < columns.size(); ++p)
+      factor.panels[p] = share_panel(factor, unit.layout, p, session_.world());
+  for (size_t p = columns.size(); p-- > 0;) {
+    const at::Tensor panel = panel_of(factor, unit, p);
+    for_each([&](quant::CorrectedRows& rows) { rows.substitute_back(panel); });
+  }
+  for (size_t p = 0; p < columns.size(); ++p) {
+    const at::Tensor panel = panel_of(factor, unit, p);
+    factor.panels[p].reset();
+    for_each([&](quant::CorrectedRows& rows) { rows.substitute_forward(panel, factor.curvature); });
+  }
+}
+
+void SetRows::refine(size_t u) {
   quant::Factor& factor = units_[u]->factor;
   if (factor.failed) return;
   const PanelLayout& layout = units_[u]->layout;
@@ -267,14 +342,13 @@ void SetRows::refine(size_t u, bool is_everywhere) {
   for (auto& [width, modules] : by_width)
     for (int64_t pass = 0; pass <= session_.config.quantization.refinement.sweeps; ++pass)
       for (const Range& columns : quant::refinement_slabs(layout.columns, width)) {
-        at::Tensor rows = share_slab(factor, layout, columns, is_everywhere, session_.world());
+        at::Tensor rows = share_slab(factor, layout, columns, is_everywhere(), session_.world());
         const trace::Span span("refine rows");
         const quant::Slab slab(columns, std::move(rows), factor, pass > 0);
         for (RowTiles* module : modules)
           if (std::optional<quant::Refiner>& refiner = module->refiner())
             pass == 0 ? refiner->load(slab) : refiner->sweep(slab);
       }
-  factor.panels.assign(factor.panels.size(), at::Tensor());
 }
 
 }  // namespace isobath::pipeline

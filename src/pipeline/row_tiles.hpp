@@ -32,8 +32,14 @@ class SetRows {
 
  private:
   class RowTiles;
-  /// Sweeps over the codes of one unit's modules. Collective over the session's world.
-  void refine(size_t unit, bool is_everywhere);
+  /// Whether every rank holds all panels of a factor.
+  [[nodiscard]] bool is_everywhere() const;
+  /// A panel of one of the unit's factors. Collective over the session's world, as are those below.
+  [[nodiscard]] at::Tensor panel_of(const quant::Factor& factor, const SolverUnit& unit, size_t panel) const;
+  /// Targets of one unit's modules, from C and for qep the ridge factor.
+  void correct(size_t unit);
+  /// Sweeps over the codes of one unit's modules.
+  void refine(size_t unit);
   const Session& session_;
   std::vector<SolverUnit*> units_;
   std::vector<std::vector<RowTiles>> modules_;  ///< of each unit

@@ -5,6 +5,7 @@
 #include <isobath/comm/tree_sum.hpp>
 #include <isobath/core/trace.hpp>
 #include <isobath/plan/job.hpp>
+#include <isobath/quant/correction.hpp>
 #include <isobath/sensitivity/covariance.hpp>
 #include <isobath/sensitivity/cross_covariance.hpp>
 #include <isobath/sensitivity/token_weights.hpp>
@@ -156,7 +157,7 @@ void accumulate(const Session& session, const CalibrationSet& calibration,
         for (Sums& sum : sums) {
           sum.h_tree.add(shard, sum.h.take().cpu());
           sum.h = sensitivity::Covariance(n_channels, session.device);
-          if (with_cross) sum.c_tree.add(shard, sum.c->value().cpu());
+          if (with_cross) sum.c_tree.add(shard, sum.c->take().front().cpu());
           sum.c.reset();
         }
       });
@@ -170,28 +171,46 @@ void accumulate(const Session& session, const CalibrationSet& calibration,
   }
 }
 
+// Of panels that are still needed.
+static void factorize_ridge(const std::vector<at::Tensor>& panels, const at::Tensor& diagonal, double ridge,
+                            SolverUnit& unit, const comm::Communicator& world) {
+  const quant::FactorSpec spec = quant::ridge_spec(ridge);
+  unit.ridge_factor = quant::factor_of_diagonal(diagonal, spec);
+  do {
+    if (factorize_panels(panels, unit.layout, unit.ridge_factor, world)) return;
+  } while (quant::raise_damping(unit.ridge_factor, spec));
+  quant::check_ridge(unit.ridge_factor);
+}
+
 void factorize_spread(const Session& session, const CalibrationSet& calibration, SolverUnit& unit,
                       const quant::FactorSpec& spec, const ForEachInput& for_each_input) {
   const comm::Communicator& world = session.world();
+  const config::Asymmetric& asymmetric = session.config.quantization.asymmetric;
+  const std::vector<int> owners = calibration.shards.owners(world.size());
   const ForEachRows for_each_rows = [&](const VisitRows& visit,
                                         const std::function<void(int64_t)>& close_shard) {
     for_each_shard(
         for_each_input,
-        [&](const data::Microbatch& microbatch, const at::Tensor& x, const at::Tensor&) {
+        [&](const data::Microbatch& microbatch, const at::Tensor& x, const at::Tensor& original) {
           at::Tensor weights = weights_of(unit, calibration, microbatch);
           if (weights.defined()) weights = weights.to(session.device);
-          visit(x.flatten(0, 1), weights);
+          visit(x.flatten(0, 1), asymmetric.is_on() ? original.flatten(0, 1) : original, weights);
         },
         close_shard);
   };
-  bool is_first = true;
+  bool is_first = true, is_done = false;
   do {
-    std::vector<at::Tensor> panels = sum_panels(unit.layout, calibration.shards.owners(world.size()), world,
-                                                session.device, for_each_rows);
-    if (is_first) unit.factor = quant::factor_of_diagonal(share_diagonal(panels, unit.layout, world), spec);
+    std::vector<at::Tensor> panels = sum_panels(unit.layout, owners, world, session.device, for_each_rows);
+    if (is_first) {
+      const at::Tensor diagonal = share_diagonal(panels, unit.layout, world);
+      unit.factor = quant::factor_of_diagonal(diagonal, spec);
+      if (asymmetric.is_on()) factorize_ridge(panels, diagonal, asymmetric.ridge, unit, world);
+    }
     is_first = false;
-    if (factorize_panels(std::move(panels), unit.layout, unit.factor, world)) return;
-  } while (quant::raise_damping(unit.factor, spec));
+    is_done = factorize_panels(std::move(panels), unit.layout, unit.factor, world);
+  } while (!is_done && quant::raise_damping(unit.factor, spec));
+  if (is_done && asymmetric.is_on())
+    unit.c_panels = sum_cross_panels(unit.layout, owners, world, session.device, for_each_rows);
 }
 
 }  // namespace isobath::pipeline

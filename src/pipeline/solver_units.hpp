@@ -18,10 +18,14 @@ struct SolverUnit {
   double shrinkage = 0;      // ρ
   int root = 0;              // where H and C end that are not spread; owner of the first panel
   PanelLayout layout;        // of the factor
-  at::Tensor h;              // [d, d] f32 on the root unless spread; replicated with an asymmetric correction
-  at::Tensor c;              // [d, d] f32, as h; only with an asymmetric correction
+  at::Tensor h;              // [d, d] f32 on the root unless spread, until it is factorized
+  at::Tensor c;              // as h; only with an asymmetric correction
   quant::Factor factor;      // replicated, but for the panels
-  at::Tensor correction;     // [d, d] f32, replicated; only with an asymmetric correction
+  // Only with an asymmetric correction: C in panels [d, width] f32, each on its owner; as factor for qep; M
+  // of gptaq [d, d] f32, replicated.
+  std::vector<at::Tensor> c_panels;
+  quant::Factor ridge_factor;
+  at::Tensor correction;
   bool is_weighted = false;
   int64_t n_fallbacks = 0;
 };
@@ -42,7 +46,8 @@ void accumulate(const Session& session, const CalibrationSet& calibration,
                 const ForEachInput& for_each_input);
 
 /// Sums and factorizes H of a spread unit, summing it again for each step of the damping ladder: H is not
-/// kept beside its factor. Collective over the session's world.
+/// kept beside its factor, but for a while with qep, whose factor and C come with it. Collective over the
+/// session's world.
 void factorize_spread(const Session& session, const CalibrationSet& calibration, SolverUnit& unit,
                       const quant::FactorSpec& spec, const ForEachInput& for_each_input);
 

@@ -260,8 +260,8 @@ std::string too_wide_to_hold(const config::RunConfig& config, const model::Model
     const int64_t n_channels = model::module_shape(model, projection).columns;
     if (n_channels > quant::kLargestWhole)
       lines += fmt::format(
-          "\n  {}: {} input channels; quantization.asymmetric and act_order need its covariance "
-          "whole, which is done for at most {}; switch them off",
+          "\n  {}: {} input channels; gptaq and act_order need its covariance whole on one "
+          "rank, which is done for at most {}; use qep and no act_order",
           model::name_of(projection), n_channels, quant::kLargestWhole);
   }
   return lines;

@@ -26,8 +26,8 @@ double tree_levels(int64_t n_shards) {
 
 namespace {
 
-// A correction at its peak: five f64 matrices and the result.
-constexpr double kCorrectionBytes = 5 * 8 + 4;
+// M of gptaq at its peak: five f64 matrices and the result.
+constexpr double kGptaqBytes = 5 * 8 + 4;
 
 /// What solving an input set holds on a rank, by phase; `root` beyond it on a rank that factorizes.
 struct SolverMemory {
@@ -54,15 +54,17 @@ RowMemory row_memory(const Job& job, int set, double d) {
     weights = is_one_module ? largest : weights + groups * mine;
   }
   constexpr double kHeld = 4 + 1;  // errors in f32, codes
+  // With a correction W C and the target in f32, on the host.
+  const double corrected = job.is_asymmetric() ? 8 : 0;
   // A refinement works on a copy of the codes, on the host, with one slab of the factor at a time.
   const config::Quantization& quantization = job.config.quantization;
   const double slab = job.refines() ? slab_columns(d, quantization) : 0, slab_bytes = 4 * slab * (d + slab),
-               refining = job.refines() ? (kHeld + 1) * weights + slab_bytes : 0;
-  if (!job.cluster.has_devices()) return {.host = std::max(kHeld * weights, refining)};
+               refining = job.refines() ? (kHeld + 1 + corrected) * weights + slab_bytes : 0;
+  if (!job.cluster.has_devices()) return {.host = std::max((kHeld + corrected) * weights, refining)};
   // DeviceLoop starts from a copy of the rows, which stay on the host: in f32, transposed, and with dead
   // channels cleared, where codes are not there yet. Then panels of the factor come, one at a time.
   const double starting = e + (e < 4 ? 4 : 0) + 8;
-  return {.host = e * weights + refining,
+  return {.host = e * weights + std::max(corrected * weights, refining),
           .device = kHeld * weights + (starting - kHeld) * largest + 4 * std::min(d, panel_columns()) * d};
 }
 
@@ -74,16 +76,17 @@ SolverMemory whole_memory(const Job& job, int set, double d) {
   memory.device_sums = sums * units * matrix;
   // One partial sum arrives.
   memory.host_sums = (sums * units * tree_levels(job.layout.shards_per_rank) + 1) * matrix;
-  // H and C of its own units, the factors of those it has done, and one in f64; or a correction in work.
-  const double done = 4 * triangle + (job.is_asymmetric() ? matrix : 0);
-  memory.factorizing = mine * sums * matrix + (mine - 1) * done +
-                       (job.is_asymmetric() ? 4 * triangle + kCorrectionBytes * d * d : 8 * triangle);
-  // Own factors, and H, C and correction of every unit.
-  const double shared = job.is_asymmetric() ? 3 * units : 0;
-  // Small factors go to all ranks at once, those of wider ones panel by panel.
+  // H and C of its own units, the factors of those it has done, and one in f64; or gptaq's M in work.
+  const bool is_qep = job.is_qep(), is_gptaq = job.is_asymmetric() && !is_qep;
+  const double factors = is_qep ? 2 : 1, done = factors * 4 * triangle + (is_gptaq ? matrix : 0);
+  memory.factorizing = mine * sums * matrix + (mine - 1) * done + (factors - 1) * 4 * triangle +
+                       (is_gptaq ? 4 * triangle + kGptaqBytes * d * d : 8 * triangle);
+  // Small factors go to all ranks at once, those of wider ones panel by panel; M is everywhere, C on the
+  // roots but for a panel of it.
   const bool at_once = d <= static_cast<double>(quant::kWholeColumns);
-  memory.solving = (at_once ? units : mine) * 4 * triangle + shared * matrix +
-                   (at_once ? 0 : 4 * std::min(d, panel_columns()) * d);
+  const double panel = 4 * std::min(d, panel_columns()) * d;
+  memory.solving = (at_once ? units : mine) * factors * 4 * triangle + (is_gptaq ? units * matrix : 0) +
+                   (job.is_asymmetric() ? mine * matrix + panel : 0) + (at_once ? 0 : panel);
   return memory;
 }
 
@@ -100,6 +103,14 @@ SolverMemory spread_memory(const Job& job, double d) {
   // A panel on its way, its columns divided, and the result in f32.
   memory.factorizing = 8 * own + (8 + 8 + 4) * panel;
   memory.solving = 4 * own + 4 * panel;
+  if (!job.is_qep()) return memory;
+  // H is kept until its second factor is there; then panels of C are summed beside both.
+  const double c = 4 * d * d / ranks, factors = 2 * 4 * own;
+  memory.factorizing =
+      std::max(memory.factorizing + 4 * own,
+               factors + c + (job.cluster.has_devices() ? 0 : memory.device_sums) +
+                   4 * (kPanelsPerPass * tree_levels(job.layout.shards_per_rank) + 1) * panel);
+  memory.solving = factors + c + 2 * 4 * panel;
   return memory;
 }
 

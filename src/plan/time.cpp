@@ -153,13 +153,23 @@ class BlockTime {
       return n_panels * broadcast_s(job_, Buffers::host, element * panel_entries(d) / n_panels);
     };
     factor_out_ += units * (all_panels_s(4) + (is_spread ? all_panels_s(8) : 0));
-    // H, C and the correction.
-    if (job_.is_asymmetric()) factor_out_ += units * 3 * broadcast_s(job_, Buffers::host, 4 * d * d);
-    if (job_.is_asymmetric()) correction_ += mine * time(correction(d, asymmetric));
+    // Small factors are everywhere; of wider ones every use sends the panels again.
+    const bool is_everywhere = d <= static_cast<double>(quant::kWholeColumns);
+    if (job_.is_asymmetric()) {
+      const bool is_qep = asymmetric.correction == "qep";
+      const double matrix_s = broadcast_s(job_, Buffers::host, 4 * d * d);
+      // C; gptaq's M; panels of the ridge factor back and forth, and those of the factor for the objective.
+      factor_out_ +=
+          units * (matrix_s + (is_qep ? (is_everywhere ? 1 : 2) * all_panels_s(4) : matrix_s) +
+                   (is_qep && is_spread ? all_panels_s(8) : 0) + (is_everywhere ? 0 : all_panels_s(4)));
+      correction_ += !is_qep ? mine * time(gptaq_correction(d))
+                     : is_spread
+                         ? units * time(factorize_spread(d, static_cast<double>(job_.layout.n_ranks())))
+                         : mine * time(factorize(d));
+    }
     if (!job_.refines()) return;
     refinement_ += units * time(refine_slabs(d, job_.config.quantization));
-    // Small factors are everywhere; of wider ones every pass sends the panels again.
-    if (d > static_cast<double>(quant::kWholeColumns))
+    if (!is_everywhere)
       factor_out_ +=
           units * static_cast<double>(1 + job_.config.quantization.refinement.sweeps) * all_panels_s(4);
   }

@@ -27,9 +27,8 @@ constexpr double kColumnBlock = 128;
 // 32, divided 16, to f32 12, check 4, and the product's passes over what it is subtracted from, 16 a panel.
 constexpr double kFactorTraffic = 84;
 
-// qep: H and C to f64 12 each, C transposed 16, the result back 12. gptaq: the root from f32 20, C to f64 12,
-// four index_selects 64, triu 16, back 12.
-constexpr double kQepTraffic = 52, kGptaqTraffic = 124;
+// gptaq: the root from f32 20, C to f64 12, four index_selects 64, triu 16, back 12.
+constexpr double kGptaqTraffic = 124;
 
 // A weight on its way to an objective: dequantize (codes to f32 5, zero 8, scale 8, to storage 6),
 // difference 12, transposed 8, product written and read 8, sums 8.
@@ -332,11 +331,8 @@ Work factorize_spread(double d, double n_ranks) {
   return work;
 }
 
-Work correction(double d, const config::Asymmetric& asymmetric) {
-  const double cube = d * d * d;
-  if (asymmetric.correction == "qep")
-    return {.f64_factor_flops = 7.0 / 3.0 * cube, .host_traffic_bytes = kQepTraffic * d * d};
-  return {.f64_factor_flops = 2 * cube, .host_traffic_bytes = kGptaqTraffic * d * d};
+Work gptaq_correction(double d) {
+  return {.f64_factor_flops = 2 * d * d * d, .host_traffic_bytes = kGptaqTraffic * d * d};
 }
 
 double slab_columns(double d, const config::Quantization& q) {
@@ -389,20 +385,18 @@ Work refine_rows(double n_rows, double d, const config::Quantization& q, double 
 }
 
 Work correct_rows(double n_rows, double d) {
-  const double tiles = whole_tiles(n_rows), rows = kTileRows * tiles;
-  return {.f64_gemm_flops = 2 * rows * d * d,
-          .thin_flops = 2 * 2 * rows * d * d,
-          .host_traffic_bytes = tiles * 12 * d * d + (kScoreTraffic + 60) * rows * d};
+  const double rows = kTileRows * whole_tiles(n_rows);
+  return {.thin_flops = 4 * rows * d * d, .host_traffic_bytes = kScoreTraffic * rows * d};
 }
 
-Work score(double n_rows, double d, const config::Quantization& q, double threads, bool changed) {
+Work score(double n_rows, double d, const config::Quantization& q, double threads, bool corrected) {
   const double tile = static_cast<double>(quant::tile_rows(static_cast<int64_t>(n_rows)));
   const double judged = d < kSampledColumns
                             ? n_rows
                             : std::min(n_rows, tile * std::ceil(std::ceil(n_rows / tile) / kSampledTiles));
-  return {.thin_flops = judged * d * (d + std::min(d, panel_columns())) + (changed ? 2 * n_rows * d * d : 0),
+  return {.thin_flops = judged * d * (d + std::min(d, panel_columns())) + (corrected ? n_rows * d * d : 0),
           .candidates = judged * d * candidate_grids(q.bits, q.symmetric, q.clip_search) / threads,
-          .host_traffic_bytes = kScoreTraffic * (judged + (changed ? n_rows : 0)) * d + 12 * n_rows * d};
+          .host_traffic_bytes = kScoreTraffic * (judged + (corrected ? n_rows : 0)) * d + 12 * n_rows * d};
 }
 
 }  // namespace isobath::plan

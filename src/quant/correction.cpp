@@ -1,30 +1,94 @@
 #include <isobath/quant/correction.hpp>
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 
 #include <isobath/core/error.hpp>
-#include <isobath/quant/solver.hpp>
+#include <isobath/quant/row_solver.hpp>
 
 namespace isobath::quant {
 
-at::Tensor qep_correction(const at::Tensor& c, const at::Tensor& h, double ridge) {
-  ISOBATH_CHECK(c.sizes() == h.sizes() && h.size(0) == h.size(1), "C and H must be square and of one size");
+FactorSpec ridge_spec(double ridge) {
   ISOBATH_CHECK(ridge > 0, "ridge {}", ridge);
-  const at::Tensor diagonal = h.diagonal().to(at::kDouble);
-  const auto n_live = (diagonal > 0).sum().item<int64_t>();
-  if (n_live == 0) return at::zeros_like(h);
-  const double mean = diagonal.sum().item<double>() / static_cast<double>(n_live);
-  constexpr double kGrowth = 10, kLargestRidge = 1e6;
-  for (at::Tensor damped = h.to(at::kDouble); ridge <= kLargestRidge; ridge *= kGrowth) {
-    damped.diagonal().copy_(diagonal + ridge * mean);
-    const auto [lower, info] = at::linalg_cholesky_ex(damped);
-    if (info.item<int>() != 0) continue;
-    return at::cholesky_solve(c.to(at::kDouble).t(), lower).t().to(at::kFloat).contiguous();
+  constexpr double kLargestRidge = 1e6;
+  return {.damping = ridge, .max_damping = std::max(ridge, kLargestRidge)};
+}
+
+void check_ridge(const Factor& factor) {
+  if (factor.failed)
+    fail<NumericError>(
+        "H is not positive definite even with a diagonal of {:g} added; it holds NaN or is not a covariance",
+        factor.damping * factor.mean);
+}
+
+CorrectedRows::CorrectedRows(const at::Tensor& w) : n_rows_(w.size(0)) {
+  for (int64_t row = 0; row < n_rows_; row += kRowTile) {
+    const int64_t n = std::min(kRowTile, n_rows_ - row);
+    // Missing rows are zeros, so that every strip runs the same operations on the same shapes.
+    weights_.push_back(at::zeros({w.size(1), kRowTile}, at::kFloat));
+    weights_.back().slice(1, 0, n).copy_(w.slice(0, row, row + n).t());
+    products_.push_back(at::empty({w.size(1), kRowTile}, at::kFloat));
   }
-  fail<NumericError>(
-      "H is not positive definite even with a diagonal of {:g} added; it holds NaN or is not a "
-      "covariance",
-      kLargestRidge * mean);
+}
+
+template <class Visit>
+void CorrectedRows::for_each_strip(const Visit& visit) {
+  at::parallel_for(0, std::ssize(products_), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; ++strip) visit(static_cast<size_t>(strip));
+  });
+}
+
+void CorrectedRows::multiply(const at::Tensor& c, Range columns) {
+  for_each_strip([&](size_t strip) {
+    at::Tensor product = products_[strip].slice(0, columns.begin, columns.end);
+    at::mm_out(product, c.t(), weights_[strip]);
+  });
+}
+
+void CorrectedRows::substitute_back(const at::Tensor& panel) {
+  if (solution_.empty()) {
+    weights_.clear();
+    for (const at::Tensor& product : products_) solution_.push_back(product.clone());
+  }
+  const int64_t end = panel.size(0), begin = end - panel.size(1);
+  for_each_strip([&](size_t strip) {
+    at::Tensor own = solution_[strip].slice(0, begin, end);
+    own.copy_(at::linalg_solve_triangular(panel.slice(0, begin), own, /*upper=*/true, /*left=*/true,
+                                          /*unitriangular=*/true));
+    if (begin > 0) solution_[strip].slice(0, 0, begin).addmm_(panel.slice(0, 0, begin), own, 1, -1);
+  });
+}
+
+void CorrectedRows::substitute_forward(const at::Tensor& panel, const at::Tensor& curvature) {
+  const int64_t end = panel.size(0), begin = end - panel.size(1);
+  const at::Tensor divisor = curvature.slice(0, begin, end).to(at::kFloat).unsqueeze(1);
+  for_each_strip([&](size_t strip) {
+    at::Tensor own = solution_[strip].slice(0, begin, end);
+    own.div_(divisor);
+    if (begin > 0) own.addmm_(panel.slice(0, 0, begin).t(), solution_[strip].slice(0, 0, begin), 1, -1);
+    own.copy_(at::linalg_solve_triangular(panel.slice(0, begin).t(), own, /*upper=*/false, /*left=*/true,
+                                          /*unitriangular=*/true));
+  });
+}
+
+static at::Tensor joined(const std::vector<at::Tensor>& strips, Range rows) {
+  at::Tensor whole = at::empty({rows.size(), strips.front().size(0)}, at::kFloat);
+  for (int64_t row = rows.begin; row < rows.end; row += kRowTile) {
+    const int64_t n = std::min(kRowTile, rows.end - row);
+    whole.slice(0, row - rows.begin, row - rows.begin + n)
+        .copy_(strips[static_cast<size_t>(row / kRowTile)].slice(1, 0, n).t());
+  }
+  return whole;
+}
+
+at::Tensor CorrectedRows::products(Range rows) const {
+  ISOBATH_CHECK(rows.begin % kRowTile == 0, "rows from {} on", rows.begin);
+  return joined(products_, rows);
+}
+
+at::Tensor CorrectedRows::take_solution() {
+  const std::vector<at::Tensor> strips = std::move(solution_);
+  return joined(strips, {0, n_rows_});
 }
 
 at::Tensor gptaq_correction(const at::Tensor& c, const Factor& factor) {
@@ -43,10 +107,8 @@ at::Tensor corrected(const at::Tensor& w, const at::Tensor& m, double strength) 
   return at::addmm(weights, weights, m, 1, strength);
 }
 
-double asymmetric_objective(const at::Tensor& w, const at::Tensor& w_hat, const at::Tensor& h,
-                            const at::Tensor& c) {
-  const at::Tensor wide = w.to(at::kDouble), difference = w_hat.to(at::kDouble) - wide;
-  return objective(w, w_hat, h) - (wide.mm(c.to(at::kDouble)) * difference).sum().item<double>();
+double asymmetric_objective(double objective, const at::Tensor& difference, const at::Tensor& products) {
+  return objective - (difference * products).sum(at::kDouble).item<double>();
 }
 
 }  // namespace isobath::quant

@@ -9,11 +9,24 @@
 namespace isobath::sensitivity {
 
 CrossCovariance::CrossCovariance(int64_t n_channels, c10::Device device)
-    : sum_(at::zeros({n_channels, n_channels}, at::TensorOptions().dtype(at::kFloat).device(device))) {}
+    : CrossCovariance(n_channels, {{0, n_channels}}, device) {}
+
+CrossCovariance::CrossCovariance(int64_t n_channels, std::vector<Range> columns, c10::Device device)
+    : n_channels_(n_channels), columns_(std::move(columns)), device_(device) {
+  (void)take();
+}
+
+std::vector<at::Tensor> CrossCovariance::take() {
+  std::vector<at::Tensor> taken = std::move(sums_);
+  sums_.clear();
+  for (const Range& columns : columns_)
+    sums_.push_back(at::zeros({n_channels_, columns.size()}, at::TensorOptions(at::kFloat).device(device_)));
+  return taken;
+}
 
 void CrossCovariance::add(const at::Tensor& x, const at::Tensor& original, const at::Tensor& weights) {
-  ISOBATH_CHECK(x.dim() == 2 && x.size(1) == sum_.size(0) && original.sizes() == x.sizes(),
-                "cross-covariance of {} channels given x with {} dimensions, last {}", sum_.size(0), x.dim(),
+  ISOBATH_CHECK(x.dim() == 2 && x.size(1) == n_channels_ && original.sizes() == x.sizes(),
+                "cross-covariance of {} channels given x with {} dimensions, last {}", n_channels_, x.dim(),
                 x.size(-1));
   ISOBATH_CHECK(!weights.defined() || (weights.dim() == 1 && weights.size(0) == x.size(0)),
                 "cross-covariance: one weight per row of x [{}, {}] expected", x.size(0), x.size(1));
@@ -37,10 +50,16 @@ void CrossCovariance::add(const at::Tensor& x, const at::Tensor& original, const
         "non-finite weighted deviation in row {}; check the calibration sequence at that row",
         row);
   }
-  if (kernels::has_gram(x) &&
-      kernels::add_product(sum_, deviation.to(x.scalar_type()), input.to(x.scalar_type())))
-    return;
-  sum_.addmm_(deviation.t(), input);
+  const bool has_kernel = kernels::has_gram(x);
+  const at::Tensor rounded_deviation = has_kernel ? deviation.to(x.scalar_type()) : deviation,
+                   rounded = has_kernel ? input.to(x.scalar_type()) : input;
+  for (size_t p = 0; p < columns_.size(); ++p) {
+    const Range columns = columns_[p];
+    if (has_kernel &&
+        kernels::add_product(sums_[p], rounded_deviation, rounded.slice(1, columns.begin, columns.end)))
+      continue;
+    sums_[p].addmm_(deviation.t(), input.slice(1, columns.begin, columns.end));
+  }
 }
 
 at::Tensor cross_covariance_reference(const at::Tensor& x, const at::Tensor& original,

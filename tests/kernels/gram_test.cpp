@@ -63,9 +63,11 @@ TEST_P(Gram, GivesTheSameBitsWhenTokensComeInChunks) {
 
 TEST_P(Gram, AddsProductsOfTwoMatrices) {
   at::manual_seed(6);
-  for (const int64_t d : {3, 48, 130}) {
-    const at::Tensor a = random({300, d}), b = random({300, d});
-    at::Tensor sum = at::ones({d, d});
+  // The last is packed in chunks of tokens on account of its left side.
+  for (const auto& [n, d, w] :
+       {std::tuple{300, 3, 3}, {300, 48, 48}, {300, 130, 130}, {300, 130, 50}, {1300, 3400, 20}}) {
+    const at::Tensor a = random({n, d}), b = random({n, w + 7}).slice(1, 7);
+    at::Tensor sum = at::ones({d, w});
     ASSERT_TRUE(add_product(sum, a, b));
     EXPECT_LT(relative(sum, a.to(at::kDouble).t().mm(b.to(at::kDouble)) + 1.0), kSumTolerance) << d;
   }

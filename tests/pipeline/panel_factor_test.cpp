@@ -52,7 +52,7 @@ Result run(const comm::Communicator& comm, int64_t width, double damping, int fi
                    for (int64_t shard = 0; shard < kShards; ++shard) {
                      if (owners[static_cast<size_t>(shard)] != comm.rank()) continue;
                      const auto [x, weights] = shard_rows(shard);
-                     visit(x, weights);
+                     visit(x, {}, weights);
                      close_shard(shard);
                    }
                  });

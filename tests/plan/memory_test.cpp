@@ -67,24 +67,31 @@ TEST(Memory, QuantizeHoldsTheCovariancesOfOneInputSet) {
   // H and its f64 triangle take less than what summing held, which is free by then.
   EXPECT_EQ(quantize_memory(Job(config, model, cluster, 1, 1), 0).root_bytes, 0);
 
-  // With a correction C too: sums and partial sums of both. While it is made: H, C, the factor, five f64
-  // matrices and the result.
+  // With qep C too: sums and partial sums of both, less than what solving holds: two factors, C, a panel of
+  // it, and for 8 rows of 16 channels 14 bytes a weight (errors, codes and their copy, W C and the target); a
+  // slab.
   config.quantization.asymmetric.correction = "qep";
   config.quantization.refinement.sweeps = 1;
-  EXPECT_EQ(held("H, factors and rows"), (std::pair{2 * 1024.0, 5 * 1024.0}));
+  constexpr double kSlab = 4 * 16 * (16 + 16);
+  EXPECT_EQ(held("H, factors and rows"), (std::pair{2 * 1024.0, 2 * 1024 + 14 * 8 * 16 + kSlab}));
+  EXPECT_EQ(quantize_memory(Job(config, model, cluster, 1, 1), 0).root_bytes, 0);
+  // gptaq: one factor, and M; while that is made H, C, the factor, five f64 matrices and the result.
+  config.quantization.asymmetric.correction = "gptaq";
+  EXPECT_EQ(held("H, factors and rows"), (std::pair{2 * 1024.0, 2 * 1024 + 14 * 8 * 16 + kSlab}));
+  constexpr double kMaking = 2 * 1024 + 1024 + 44 * 256;
   EXPECT_EQ(quantize_memory(Job(config, model, cluster, 1, 1), 0).root_bytes,
-            2 * 1024 + 1024 + 44 * 256 - (2 + 5) * 1024);
+            kMaking - (4 * 1024 + 14 * 8 * 16 + kSlab));
   EXPECT_EQ(held("block in work").first, 2 * 2 * (576 + 16));
   EXPECT_EQ(held("hidden states"), (std::pair{2 * 20.0 * 2 * (8 + 16) + 5 * (8 + 12) * 16, 0.0}));
 
-  // Two row groups on four ranks of one node, a shard each at most: two roots factorize at once. While rows
-  // are solved: factor, H, C and correction of both groups, 4 rows of 16 channels of each, and a slab.
+  // Two row groups on four ranks of one node, a shard each at most: two roots make M at once. While rows are
+  // solved: factors and M of both groups, C of one, a panel of it, 4 rows of 16 channels of each group, a
+  // slab.
   Cluster node = cluster;
   node.ranks_per_node = 4;
   config.sensitivity.row_groups = 2;
   const RankMemory two = quantize_memory(Job(config, model, node, 4, 1), 0);
-  EXPECT_EQ(two.root_bytes,
-            2 * 1024 + 1024 + 44 * 256 - (2 * 4 * 1024 + 2 * 6 * 4 * 16 + 4 * 16 * (16 + 16)));
+  EXPECT_EQ(two.root_bytes, kMaking - (6 * 1024 + 2 * 14 * 4 * 16 + kSlab));
   EXPECT_EQ(two.node_root_bytes, 2 * two.root_bytes);
 }
 
@@ -111,8 +118,12 @@ TEST(Memory, AWideCovarianceIsSharedByTheRanks) {
   config.quantization.refinement.sweeps = 1;
   EXPECT_TRUE(Job(config, model, cluster, 4, 1).is_spread(8192));
   EXPECT_EQ(solver_bytes(4), std::max(2 * entries + 20 * kPanel, 4 * (6 + 6 + 1) * kPanel));
-  // What needs H whole is not spread.
+  // qep: H beside the panels that become its ridge factor; or both factors, all rows of C, and its last pass.
   config.quantization.asymmetric.correction = "qep";
+  EXPECT_EQ(solver_bytes(1),
+            std::max(12 * entries + 20 * kPanel, 8 * entries + 4 * 8192.0 * 8192 + 4 * (6 * 3 + 1) * kPanel));
+  // What needs H whole is not spread.
+  config.quantization.asymmetric.correction = "gptaq";
   EXPECT_FALSE(Job(config, model, cluster, 4, 1).is_spread(8192));
   EXPECT_GT(solver_bytes(4), 4 * 8192.0 * 8192);
 }

@@ -38,10 +38,28 @@ static double output_error(const Streams& s, const at::Tensor& w_hat) {
   return 0.5 * (s.d.unsqueeze(1) * error.square()).sum().item<double>();
 }
 
+/// Panels of C, and of the ridge factor back and forth.
+static at::Tensor qep_solution(const at::Tensor& w, const at::Tensor& c, const at::Tensor& h, double ridge,
+                               int64_t width = 10) {
+  FactorSpec spec = ridge_spec(ridge);
+  spec.panel_width = width;
+  const Factor factor = factorize(h, spec);
+  check_ridge(factor);
+  CorrectedRows rows(w);
+  for (const Range& columns : column_panels(h.size(0), width))
+    rows.multiply(c.slice(1, columns.begin, columns.end), columns);
+  for (size_t p = factor.panels.size(); p-- > 0;) rows.substitute_back(factor.panels[p]);
+  for (const at::Tensor& panel : factor.panels) rows.substitute_forward(panel, factor.curvature);
+  return rows.take_solution();
+}
+static at::Tensor qep_target(const Streams& s, double ridge, double strength = 1) {
+  return s.w + strength * qep_solution(s.w, s.c, s.h, ridge);
+}
+
 TEST(Correction, QepIsTheRidgeSolutionOfTheAsymmetricObjective) {
   const Streams s = random_streams(31);
   for (const double share : {1e-6, 0.1, 1.0}) {
-    const at::Tensor target = corrected(s.w, qep_correction(s.c, s.h, share), 1);
+    const at::Tensor target = qep_target(s, share);
 
     const double ridge = share * s.h.diagonal().mean().item<double>();
     const at::Tensor expected = reference::least_squares_target(s.w, s.x_original, s.x, s.d, ridge);
@@ -51,11 +69,10 @@ TEST(Correction, QepIsTheRidgeSolutionOfTheAsymmetricObjective) {
 
 TEST(Correction, StrengthIsAShareOfTheWay) {
   const Streams s = random_streams(32);
-  const at::Tensor m = qep_correction(s.c, s.h, 1e-6);
-
+  EXPECT_LT(output_error(s, qep_target(s, 1e-6, 0.5)), output_error(s, s.w));
+  EXPECT_LT(output_error(s, qep_target(s, 1e-6)), output_error(s, qep_target(s, 1e-6, 0.5)));
+  const at::Tensor m = gptaq_correction(s.c, factorize(s.h, {}));
   EXPECT_TRUE(at::equal(corrected(s.w, m, 0), s.w));
-  EXPECT_LT(output_error(s, corrected(s.w, m, 0.5)), output_error(s, s.w));
-  EXPECT_LT(output_error(s, corrected(s.w, m, 1)), output_error(s, corrected(s.w, m, 0.5)));
 }
 
 TEST(Correction, GptaqLetsLaterColumnsMakeUpForEachEarlierOne) {
@@ -84,8 +101,12 @@ TEST(Correction, AsymmetricObjectiveIsTheChangeOfTheOutputError) {
 
   const double change = output_error(s, w_hat) - output_error(s, s.w);
 
-  EXPECT_NEAR(asymmetric_objective(s.w, w_hat, s.h, s.c) / change, 1, kTolerance);
-  EXPECT_EQ(asymmetric_objective(s.w, s.w, s.h, s.c), 0);
+  CorrectedRows rows(s.w);
+  rows.multiply(s.c, {0, kColumns});
+  const at::Tensor difference = w_hat - s.w;
+  EXPECT_NEAR(
+      asymmetric_objective(objective(s.w, w_hat, s.h), difference, rows.products({0, kRows})) / change, 1,
+      kTolerance);
 }
 
 TEST(Correction, QuantizedTowardsTheCorrectedTargetTheOutputIsNearerToTheOriginal) {
@@ -94,16 +115,14 @@ TEST(Correction, QuantizedTowardsTheCorrectedTargetTheOutputIsNearerToTheOrigina
   const GridSpec spec{.bits = 4, .group = 0};
   const double plain = output_error(s, dequantize(gptq(s.w, factor, spec)));
 
-  for (const at::Tensor& m : {qep_correction(s.c, s.h, 0.01), gptaq_correction(s.c, factor)}) {
-    EXPECT_LT(output_error(s, dequantize(gptq(corrected(s.w, m, 1), factor, spec))), plain);
-  }
+  for (const at::Tensor& target : {qep_target(s, 0.01), corrected(s.w, gptaq_correction(s.c, factor), 1)})
+    EXPECT_LT(output_error(s, dequantize(gptq(target, factor, spec))), plain);
 }
 
 TEST(Correction, NothingIsCorrectedWhereNothingDeviatesOrNothingIsSeen) {
   const Streams s = random_streams(37);
-  EXPECT_EQ(qep_correction(at::zeros_like(s.c), s.h, 1).count_nonzero().item<int64_t>(), 0);
+  EXPECT_EQ(qep_solution(s.w, at::zeros_like(s.c), s.h, 1).count_nonzero().item<int64_t>(), 0);
   EXPECT_EQ(gptaq_correction(at::zeros_like(s.c), factorize(s.h, {})).count_nonzero().item<int64_t>(), 0);
-  EXPECT_EQ(qep_correction(s.c, at::zeros_like(s.h), 1).count_nonzero().item<int64_t>(), 0);
 }
 
 TEST(Correction, DeadColumnsAreNotCorrected) {
@@ -113,8 +132,23 @@ TEST(Correction, DeadColumnsAreNotCorrected) {
   s.h = s.x.t().mm(weighted).to(at::kFloat);
   s.c = (s.x_original - s.x).t().mm(weighted).to(at::kFloat);
 
-  for (const at::Tensor& m : {qep_correction(s.c, s.h, 0.1), gptaq_correction(s.c, factorize(s.h, {}))})
+  for (const at::Tensor& m : {qep_solution(s.w, s.c, s.h, 0.1), gptaq_correction(s.c, factorize(s.h, {}))})
     EXPECT_EQ(m.select(1, 5).count_nonzero().item<int64_t>(), 0);
+}
+
+TEST(Correction, RowsHaveTheSameBitsInAnyStripsAndPanelsAgree) {
+  auto generator = test_generator(39);
+  const Problem problem = random_problem(150, 96, 40);
+  const at::Tensor c = 0.1 * problem.h.mm(at::randn({96, 96}, generator)) / 10;
+  const at::Tensor whole = qep_solution(problem.w, c, problem.h, 0.1, 32);
+  for (const int64_t part : {kRowTile, int64_t{37}}) {
+    std::vector<at::Tensor> parts;
+    for (const at::Tensor& rows : problem.w.split(part))
+      parts.push_back(qep_solution(rows.contiguous(), c, problem.h, 0.1, 32));
+    EXPECT_TRUE(at::equal(at::cat(parts), whole)) << part;
+  }
+  EXPECT_TRUE(at::allclose(qep_solution(problem.w, c, problem.h, 0.1, 96), whole, kTolerance,
+                           kTolerance * whole.abs().max().item<double>()));
 }
 
 }  // namespace isobath::quant

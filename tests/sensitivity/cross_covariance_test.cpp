@@ -27,17 +27,32 @@ TEST(CrossCovariance, AgreesWithTheLiteralReferenceAndAddsUpOverCalls) {
     weighted.add(x.slice(0, 17), original.slice(0, 17), weights.slice(0, 17));
     plain.add(x, original, {});
     const at::Tensor wide = x.to(at::kDouble), wide_original = original.to(at::kDouble);
-    EXPECT_LT(relative_error(weighted.value(), cross_covariance_reference(wide, wide_original, weights)),
+    EXPECT_LT(relative_error(weighted.take()[0], cross_covariance_reference(wide, wide_original, weights)),
               dtype == at::kFloat ? kSingleTolerance : kBf16Tolerance);
-    EXPECT_LT(relative_error(plain.value(), cross_covariance_reference(wide, wide_original, {})),
+    EXPECT_LT(relative_error(plain.take()[0], cross_covariance_reference(wide, wide_original, {})),
               dtype == at::kFloat ? kSingleTolerance : kBf16Tolerance);
   }
+}
+
+TEST(CrossCovariance, ColumnsAreThoseOfTheWholeAndStartAgainOnceTaken) {
+  at::manual_seed(16);
+  const at::Tensor x = at::randn({40, 33}), original = x + 0.1 * at::randn({40, 33});
+  CrossCovariance whole(33), columns(33, {{0, 10}, {30, 33}}, c10::Device(c10::kCPU));
+  whole.add(x, original, {});
+  columns.add(x, original, {});
+  const at::Tensor expected = whole.take()[0];
+  const std::vector<at::Tensor> found = columns.take();
+  EXPECT_LT(relative_error(found[0].to(at::kDouble), expected.slice(1, 0, 10).to(at::kDouble)),
+            kSingleTolerance);
+  EXPECT_LT(relative_error(found[1].to(at::kDouble), expected.slice(1, 30, 33).to(at::kDouble)),
+            kSingleTolerance);
+  EXPECT_EQ(columns.take()[1].count_nonzero().item<int64_t>(), 0);
 }
 
 TEST(CrossCovariance, RowsAreChannelsOfTheDeviation) {
   CrossCovariance c(2);
   c.add(at::tensor({1.0F, 2.0F}).view({1, 2}), at::tensor({1.0F, 5.0F}).view({1, 2}), at::tensor({2.0F}));
-  EXPECT_TRUE(at::equal(c.value(), at::tensor({0.0F, 0.0F, 6.0F, 12.0F}).view({2, 2})));
+  EXPECT_TRUE(at::equal(c.take()[0], at::tensor({0.0F, 0.0F, 6.0F, 12.0F}).view({2, 2})));
 }
 
 TEST(CrossCovariance, TakesNothingFromRowsWithoutWeightAndNamesOthersThatAreNotFinite) {
@@ -45,7 +60,7 @@ TEST(CrossCovariance, TakesNothingFromRowsWithoutWeightAndNamesOthersThatAreNotF
   const at::Tensor original = at::tensor({2.0F, 2.0F, 0.0F, kInfinity}).view({2, 2});
   CrossCovariance c(2);
   c.add(x, original, at::tensor({1.0F, 0.0F}));
-  EXPECT_TRUE(at::equal(c.value(), at::tensor({1.0F, 2.0F, 0.0F, 0.0F}).view({2, 2})));
+  EXPECT_TRUE(at::equal(c.take()[0], at::tensor({1.0F, 2.0F, 0.0F, 0.0F}).view({2, 2})));
   try {
     c.add(x, original, {});
     FAIL() << "an infinite activation was accepted";

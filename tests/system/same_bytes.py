@@ -16,7 +16,8 @@ VARIANTS = {
         ("float32", isobath_system.D_FF, EVERYTHING_ON + ("sensitivity.gram.bits=[2, 4]",), LAYOUTS),
     "float32, drift": ("float32", isobath_system.D_FF, DRIFTING, LAYOUTS),
     "float32, clustered": ("float32", isobath_system.D_FF, CLUSTERED, [(1, 1), (2, 1), (1, 2)]),
-    "float32, wide": ("float32", WIDE_D_FF, ("quantization.refinement.sweeps=1",), [(1, 1), (2, 1), (3, 1), (2, 2)]),
+    "float32, wide": ("float32", WIDE_D_FF, ("quantization.refinement.sweeps=1", "quantization.asymmetric={correction: qep}"),
+                      [(1, 1), (2, 1), (3, 1), (2, 2)]),
     "float32, everything on, two threads a rank":
         ("float32", isobath_system.D_FF, EVERYTHING_ON + ("ranks.threads=2",), [(1, 1), (2, 1), (1, 2)]),
 }

@@ -41,8 +41,8 @@ inline constexpr int64_t kGramAlignment = 48;
 [[nodiscard]] bool add_gram_panel(at::Tensor& panel, int64_t begin, const at::Tensor& x,
                                   const at::Tensor& roots);
 
-/// sum[i, j] += Σ_n a_ni b_nj for a, b [n, d] of one dtype and device; sum [d, d] f32 contiguous. f32 sums in
-/// a fixed order. Returns false, and adds nothing, on values that `add_gram` refuses. Cost: n·d²
+/// sum[i, j] += Σ_n a_ni b_nj for a [n, d], b [n, w] of one dtype and device; sum [d, w] f32 contiguous. f32
+/// sums in a fixed order. Returns false, and adds nothing, on values that `add_gram` refuses. Cost: n·d·w
 /// multiply-adds at the rate of the dtype, twice the scratch of `add_gram`.
 [[nodiscard]] bool add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b);
 

@@ -24,8 +24,10 @@ struct PanelLayout {
   }
 };
 
-/// Takes rows of X [n, C] and their token weights [n], or undefined (D = 1).
-using VisitRows = std::function<void(const at::Tensor& x, const at::Tensor& weights)>;
+/// Takes rows of X [n, C], the same of the original model (undefined where nobody asks for them), and their
+/// token weights [n], or undefined (D = 1).
+using VisitRows =
+    std::function<void(const at::Tensor& x, const at::Tensor& original, const at::Tensor& weights)>;
 /// Calls the first for each batch of this rank's rows in order, and the second after the last one of each
 /// logical shard.
 using ForEachRows = std::function<void(const VisitRows&, const std::function<void(int64_t shard)>&)>;
@@ -40,6 +42,12 @@ using ForEachRows = std::function<void(const VisitRows&, const std::function<voi
                                                  const std::vector<int>& shard_owners,
                                                  const comm::Communicator& comm, c10::Device device,
                                                  const ForEachRows& for_each_rows);
+
+/// The same of C, whose panels have all C rows.
+[[nodiscard]] std::vector<at::Tensor> sum_cross_panels(const PanelLayout& layout,
+                                                       const std::vector<int>& shard_owners,
+                                                       const comm::Communicator& comm, c10::Device device,
+                                                       const ForEachRows& for_each_rows);
 
 /// Panels that one pass over the rows sums.
 inline constexpr size_t kPanelsPerPass = 6;
@@ -63,6 +71,10 @@ inline constexpr size_t kPanelsPerPass = 6;
 /// A panel of the factor on every rank. Collective.
 [[nodiscard]] at::Tensor share_panel(const quant::Factor& factor, const PanelLayout& layout, size_t panel,
                                      const comm::Communicator& comm);
+
+/// Columns of C on every rank, [C, width] f32 from the owner. Collective.
+[[nodiscard]] at::Tensor share_cross_panel(const at::Tensor& own, const PanelLayout& layout, size_t panel,
+                                           const comm::Communicator& comm);
 
 /// quant::slab_rows on every rank; panels that all ranks have are not sent. Collective.
 [[nodiscard]] at::Tensor share_slab(const quant::Factor& factor, const PanelLayout& layout, Range columns,

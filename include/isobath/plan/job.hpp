@@ -29,10 +29,10 @@ struct Layout {
                    int replicas, const model::Activations& activations = {});
 };
 
-/// Whether one rank must factorize H whole: for a correction, act-order.
+/// Whether one rank must factorize H whole: for gptaq, act-order.
 [[nodiscard]] inline bool needs_whole(const config::Quantization& quantization) {
   return quantization.solver != "round_to_nearest" &&
-         (quantization.asymmetric.is_on() || quantization.act_order != "none");
+         (quantization.asymmetric.correction == "gptaq" || quantization.act_order != "none");
 }
 
 /// A run on a cluster: what memory and time are functions of. References outlive it.
@@ -62,6 +62,9 @@ struct Job {
   }
   [[nodiscard]] bool is_asymmetric() const {
     return uses_covariance() && config.quantization.asymmetric.is_on();
+  }
+  [[nodiscard]] bool is_qep() const {
+    return is_asymmetric() && config.quantization.asymmetric.correction == "qep";
   }
   [[nodiscard]] bool refines() const {
     return uses_covariance() && config.quantization.refinement.sweeps > 0;

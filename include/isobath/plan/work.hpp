@@ -99,8 +99,8 @@ struct Shapes {
 /// others wait, and subtracted from the most panels that one rank owns.
 [[nodiscard]] Work factorize_spread(double d, double n_ranks);
 
-/// The correction matrix of one H: qep 7/3 d³ of factor and solve, gptaq 2 d³ of triangular solves.
-[[nodiscard]] Work correction(double d, const config::Asymmetric& asymmetric);
+/// The correction matrix of one H: 2 d³ of triangular solves.
+[[nodiscard]] Work gptaq_correction(double d);
 
 /// quant::gptq of `n_rows` rows (whole tiles of 64): n d² thin; 128 n d in the column loop and the clip
 /// search as the busiest of `threads` threads has them, which share tiles of `height` rows.
@@ -120,15 +120,15 @@ struct Shapes {
 [[nodiscard]] Work refine_rows(double n_rows, double d, const config::Quantization& quantization,
                                double threads);
 
-/// quant::corrected (2 n d² thin flops) and quant::asymmetric_objective (2 n d² thin, 2 n d² f64, C to f64
-/// for each tile) of `n_rows` rows (whole tiles).
+/// W C of `n_rows` rows (whole tiles), and QEP's two substitutions or GPTAQ's product: 2 n d² thin flops
+/// each.
 [[nodiscard]] Work correct_rows(double n_rows, double d);
 
 /// The objective of round-to-nearest: of every row, or of every sixteenth tile from
 /// pipeline::kSampledColumns channels on; rounding on all threads, then quant::FactoredObjective (n d² thin).
-/// That of the codes comes with the column loop, unless they are `changed` by what follows it: 2 n d² thin.
+/// That of the codes comes with the column loop or the refinement, unless they are `corrected`: n d² thin.
 [[nodiscard]] Work score(double n_rows, double d, const config::Quantization& quantization, double threads,
-                         bool changed);
+                         bool corrected);
 
 /// Candidate grids that the clip search tries for one group (quant/candidates.hpp), refinements included.
 [[nodiscard]] double candidate_grids(int bits, bool symmetric, bool clip_search);

@@ -2,34 +2,66 @@
 #include <ATen/core/Tensor.h>
 
 #include <isobath/quant/factor.hpp>
+#include <vector>
 
 /// The asymmetric objective ½ ‖D^½ (X̃Wᵀ − XŴᵀ)‖²: what a linear gave in the original model (input X̃)
 /// against what it gives behind the quantized prefix (input X). With H = XᵀDX and C = (X̃−X)ᵀDX it is, up to
 /// a constant, ½ tr(ΔW H ΔWᵀ) − tr(W C ΔWᵀ), ΔW = Ŵ − W. Its minimum without quantization is W + W C H⁻¹.
 ///
-/// A correction is the matrix M of the target W + a·W·M that is quantized instead of W.
+/// A correction W → W + a·Z of the target that is quantized instead of W: QEP's Z = W C (H + λI)⁻¹, the way
+/// to that minimum under a ridge, or GPTAQ's.
 namespace isobath::quant {
 
-/// M = C (H + λ·mean(diag H)·I)⁻¹, the mean over live columns. λ is raised tenfold until H is positive
+/// How H is factorized for QEP: λ in mean diagonals over live columns, raised tenfold until H is positive
 /// definite.
-/// c, h [C, C] f32 CPU -> [C, C] f32; solved in f64, 7/3 C³ multiply-adds, 3 C² f64.
-/// Source   Arai & Ichikawa, QEP (2025): there a = ½, λ = 1.
-[[nodiscard]] at::Tensor qep_correction(const at::Tensor& c, const at::Tensor& h, double ridge);
+[[nodiscard]] FactorSpec ridge_spec(double ridge);
+/// Throws NumericError when no ridge helped: H holds NaN, or is not a covariance.
+void check_ridge(const Factor& factor);
 
-/// M = triu(C Uᵀ, 1) U, U = R⁻¹, by two triangular solves in the factor's column order: the later columns
-/// make up for what the deviation of the input does through each column. c [C, C] f32 CPU -> [C, C] f32 in
-/// original column order, in f64. Source   Li et al., GPTAQ (2025), P; there a = ¼. Differs  there the
-/// deviation is weighted with the column
-///          as the loop has changed it, here with the original one, whose output is the target. Then all that
-///          the loop would add is known before it starts.
+/// Rows of W on their way to QEP's target, fed with panels: of C from the first to the last, of the ridge
+/// factor from the last to the first, and again from the first to the last. Strips of kRowTile rows give the
+/// same rows as one call on all rows. Deterministic, local.
+///
+/// Memory   8 C bytes a row.
+/// Cost     C² multiply-adds a row for W C, and C² for the two substitutions.
+/// Source   Arai & Ichikawa, QEP (2025): there a = ½, λ = 1.
+class CorrectedRows {
+ public:
+  /// w [R, C] any float dtype, CPU.
+  explicit CorrectedRows(const at::Tensor& w);
+  /// Takes columns of C [C, width] f32.
+  void multiply(const at::Tensor& c, Range columns);
+  /// Takes a panel of R diag(R)⁻¹ [end, width] f32 of H + λI = R Rᵀ, in natural order.
+  void substitute_back(const at::Tensor& panel);
+  /// The same; curvature: R_kk² of all columns.
+  void substitute_forward(const at::Tensor& panel, const at::Tensor& curvature);
+
+  /// W C of some whole strips' rows, after the last multiply, [rows, C] f32.
+  [[nodiscard]] at::Tensor products(Range rows) const;
+  /// Z [R, C] f32 after the last substitution.
+  [[nodiscard]] at::Tensor take_solution();
+
+ private:
+  template <class Visit>
+  void for_each_strip(const Visit& visit);
+
+  int64_t n_rows_;
+  std::vector<at::Tensor> weights_, products_, solution_;  ///< of each strip [C, kRowTile] f32
+};
+
+/// M = triu(C Uᵀ, 1) U, U = R⁻¹, by two triangular solves in the factor's column order, and Z = W M: the
+/// later columns make up for what the deviation of the input does through each column. c [C, C] f32 CPU ->
+/// [C, C] f32 in original column order, in f64. Source   Li et al., GPTAQ (2025), P; there a = ¼. Differs
+/// there the deviation is weighted with the column as the loop has changed it, here with the original one,
+/// whose output is the target. Then all that the loop would add is known before it starts.
 [[nodiscard]] at::Tensor gptaq_correction(const at::Tensor& c, const Factor& factor);
 
 /// W + strength·W·M in f32. w [R, C] any float dtype -> [R, C] f32.
 [[nodiscard]] at::Tensor corrected(const at::Tensor& w, const at::Tensor& m, double strength);
 
 /// Asymmetric objective of Ŵ minus that of W, in f64: 0 for Ŵ = W, negative when Ŵ makes up for more than it
-/// adds. w, w_hat [R, C]; h, c [C, C].
-[[nodiscard]] double asymmetric_objective(const at::Tensor& w, const at::Tensor& w_hat, const at::Tensor& h,
-                                          const at::Tensor& c);
+/// adds. difference  Ŵ − W [R, C], 0 in dead columns; objective  ½ tr(ΔW H ΔWᵀ); products  W C [R, C].
+[[nodiscard]] double asymmetric_objective(double objective, const at::Tensor& difference,
+                                          const at::Tensor& products);
 
 }  // namespace isobath::quant

@@ -26,7 +26,7 @@ inline constexpr int64_t kPanel = 384;
 /// one are spread over the ranks.
 inline constexpr int64_t kWholeColumns = 2048;
 
-/// Widest H for what needs it whole: an asymmetric correction (on every rank), act-order.
+/// Widest H for what needs it whole on one rank: gptaq, act-order.
 inline constexpr int64_t kLargestWhole = 16384;
 
 enum class ActOrder { none, static_groups };

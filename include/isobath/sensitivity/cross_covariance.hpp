@@ -2,20 +2,24 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <isobath/core/partition.hpp>
+#include <vector>
 
 namespace isobath::sensitivity {
 
 /// C = Σ_i D_i (x̃_i − x_i) x_iᵀ, accumulated in f32 over the microbatches of one logical shard: how the
 /// deviation of a linear's input from that of the original model goes with the input.
 ///
-/// Memory   d² f32, and 2 n·d f32 during a call.
+/// Memory   d f32 a column, and 2 n·d f32 during a call.
 ///
-/// Cost     n·d² multiply-adds per call.
+/// Cost     n·d multiply-adds per column and call.
 ///
 /// Source   METHOD §2; Arai & Ichikawa, QEP (2025); Li et al., GPTAQ (2025), with D = 1.
 class CrossCovariance {
  public:
   explicit CrossCovariance(int64_t n_channels, c10::Device device = c10::Device(c10::kCPU));
+  /// Some columns of it, for matrices too wide to stand whole anywhere.
+  CrossCovariance(int64_t n_channels, std::vector<Range> columns, c10::Device device);
 
   /// x [n, d] any float dtype, the input behind the quantized prefix; original [n, d], the input of the same
   /// tokens in the original model; weights [n] f32 >= 0 or undefined (D = 1); rows with weight 0 (padding)
@@ -25,11 +29,15 @@ class CrossCovariance {
   ///          added.
   void add(const at::Tensor& x, const at::Tensor& original, const at::Tensor& weights);
 
-  /// [d, d] f32; row: channel of the deviation, column: channel of x.
-  [[nodiscard]] const at::Tensor& value() const { return sum_; }
+  /// Of each range of columns [d, width] f32; row: channel of the deviation, column: channel of x. All sums
+  /// start again from zero.
+  [[nodiscard]] std::vector<at::Tensor> take();
 
  private:
-  at::Tensor sum_;
+  int64_t n_channels_;
+  std::vector<Range> columns_;
+  c10::Device device_;
+  std::vector<at::Tensor> sums_;
 };
 
 /// Literal reference by plain loops over [n, d] f64 inputs.
