@@ -5,7 +5,7 @@
 #include <isobath/comm/tree_sum.hpp>
 #include <isobath/core/trace.hpp>
 #include <isobath/pipeline/share.hpp>
-#include <isobath/quant/refine.hpp>
+#include <isobath/quant/slab.hpp>
 #include <isobath/sensitivity/covariance.hpp>
 #include <isobath/sensitivity/cross_covariance.hpp>
 

@@ -47,7 +47,7 @@ int64_t blocks_to_travel(const Session& session) {
 
 // Of one saved state, all ranks: the hidden states of every sequence.
 double state_bytes(const Session& session, const CalibrationSet& calibration) {
-  const double streams = session.config.quantization.asymmetric.is_on() ? 2 : 1;
+  const double streams = session.config.quantization.is_asymmetric() ? 2 : 1;
   return streams * static_cast<double>(calibration.tokens.tokens.numel() * session.model().d_model) *
          static_cast<double>(c10::elementSize(session.dtype));
 }
@@ -67,7 +67,7 @@ class QuantizePass {
         solver_(session, calibration),
         device_comm_(session.world(), session.device),
         n_travelled_(blocks_to_travel(session)),
-        streams_(session, calibration, session.config.quantization.asymmetric.is_on()),
+        streams_(session, calibration, session.config.quantization.is_asymmetric()),
         is_weighted_(n_travelled_ > 0 && session.config.quantization.weighting == "sensitivity"),
         reestimation_(session, calibration, weights, statistics, run.path(), events),
         pace_(session.config.checkpoint.every_blocks, state_bytes(session, calibration)) {

@@ -87,7 +87,7 @@ std::string closing_table(const Session& session, const Closing& closing, const 
                         q.symmetric ? "symmetric" : "asymmetric", q.solver,
                         q.solver == "gptq"
                             ? " with D = " + std::string(q.weighting == "none" ? "1" : "sensitivity") +
-                                  (q.asymmetric.is_on() ? ", correction " + q.asymmetric.correction : "") +
+                                  (q.is_asymmetric() ? ", correction " + q.asymmetric.correction : "") +
                                   (q.refinement.sweeps > 0 ? ", refined" : "")
                             : "",
                         closing.quantized->n_fallbacks) +

@@ -1,6 +1,6 @@
 #include <isobath/plan/work.hpp>
-#include <isobath/quant/refine.hpp>
 #include <isobath/quant/row_solver.hpp>
+#include <isobath/quant/slab.hpp>
 
 namespace isobath::plan {
 namespace {
@@ -345,10 +345,10 @@ double slab_columns(double d, const config::Quantization& q) {
 }
 
 Work refine_slabs(double d, const config::Quantization& q) {
-  const double sweeps = static_cast<double>(q.refinement.sweeps);
-  // Parts put together and scaled, 16 bytes an entry of the triangle, also to load.
-  return {.thin_flops = sweeps * slab_columns(d, q) * d * d,
-          .host_traffic_bytes = (1 + sweeps) * 16 * panel_entries(d)};
+  const auto n = static_cast<double>(q.refinement.sweeps);
+  // Put together and scaled, also to load: 16 bytes an entry of the triangle.
+  return {.thin_flops = n * slab_columns(d, q) * d * d,
+          .host_traffic_bytes = (n + 1) * 16 * panel_entries(d)};
 }
 
 double candidate_grids(int bits, bool symmetric, bool clip_search) {
@@ -374,10 +374,8 @@ Work solve_rows(double n_rows, double d, const config::Quantization& q, double h
 
 Work refine_rows(double n_rows, double d, const config::Quantization& q, double threads) {
   const double rows = kTileRows * whole_tiles(n_rows), sweeps = static_cast<double>(q.refinement.sweeps);
-  const double slab = slab_columns(d, q);
-  const double group = q.group == 0 ? d : static_cast<double>(q.group);
-  // Products of a group's own H: one, and two for each zero point tried; a group wider than a slab keeps its
-  // grid.
+  const double slab = slab_columns(d, q), group = q.group == 0 ? d : static_cast<double>(q.group);
+  // Products of a group's own H: one, and two for each zero point tried. Wider than a slab it keeps its grid.
   const double own = group > slab ? 0 : q.symmetric ? 3 : 7;
   return {.thin_flops = 2 * rows * d * (d / 2 + sweeps * (d + 2 * slab + own * group)),
           .column_flops = sweeps * busiest_rows(n_rows, kTileRows, threads) * d * kColumnBlock,

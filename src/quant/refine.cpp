@@ -8,148 +8,10 @@
 #include <utility>
 
 #include "column_loop.hpp"
-#include "simd.hpp"
+#include "refine_column.hpp"
 #include "tile_grids.hpp"
 
 namespace isobath::quant {
-
-using simd::Floats;
-using simd::kLanes;
-
-static constexpr int64_t kParts = kRowTile / kLanes;
-
-/// Moves one column of a tile to its best codes and the change on to the gradients of the `n_later` columns
-/// that follow it in the block. gradients [1 + n_later, kRowTile]; h_row [1 + n_later] starts at the
-/// diagonal; values, steps, changes [kRowTile]. Whether any code changed.
-ISOBATH_SIMD_CLONES bool refine_column(float* gradients, int64_t n_later, const float* h_row,
-                                       const TileGrids& grids, StorageFormat format, float* values,
-                                       float* steps, float* changes) {
-  Floats moved[kParts];
-  const float curvature = h_row[0], inverse_curvature = 1.0F / curvature;
-  bool any = false;
-  for (int64_t part = 0; part < kParts; ++part) {
-    const int64_t row = part * kLanes;
-    Floats gradient, value, step, scale, inverse, low, high;
-    simd::load(gradient, gradients + row);
-    simd::load(value, values + row);
-    simd::load(step, steps + row);
-    simd::load(scale, grids.scale.data() + row);
-    simd::load(inverse, grids.inverse.data() + row);
-    simd::load(low, grids.low.data() + row);
-    simd::load(high, grids.high.data() + row);
-    Floats new_step = (value - gradient * inverse_curvature) * inverse;
-    simd::round_clamped(new_step, low, high);
-    Floats new_value = new_step * scale;
-    simd::round_stored(new_value, format);
-    const Floats change = new_value - value;
-    // The stored value is rounded, so the nearest code is not always an improvement.
-    const auto is_better = change * (gradient + 0.5F * curvature * change) < 0.0F;
-    moved[part] = is_better ? change : Floats{};
-    simd::store(values + row, is_better ? new_value : value);
-    simd::store(steps + row, is_better ? new_step : step);
-    simd::store(changes + row, moved[part]);
-    for (int64_t lane = 0; lane < kLanes; ++lane) any |= is_better[lane] != 0;
-  }
-  if (!any) return false;
-  for (int64_t later = 1; later <= n_later; ++later) {
-    float* column = gradients + later * kRowTile;
-    const float factor = h_row[later];
-    for (int64_t part = 0; part < kParts; ++part) {
-      Floats gradient;
-      simd::load(gradient, column + part * kLanes);
-      gradient += moved[part] * factor;
-      simd::store(column + part * kLanes, gradient);
-    }
-  }
-  return true;
-}
-
-/// out[r] = Σ_j a[j, r]·b[j, r] over n rows of kRowTile.
-ISOBATH_SIMD_CLONES void dot_of_rows(const float* a, const float* b, int64_t n, float* out) {
-  for (int64_t part = 0; part < kParts; ++part) {
-    Floats sum{};
-    for (int64_t j = 0; j < n; ++j) {
-      Floats left, right;
-      simd::load(left, a + j * kRowTile + part * kLanes);
-      simd::load(right, b + j * kRowTile + part * kLanes);
-      sum += left * right;
-    }
-    simd::store(out + part * kLanes, sum);
-  }
-}
-
-/// values[j, r] = steps[j, r]·scale[r] as a loader sees it.
-ISOBATH_SIMD_CLONES void stored_values(const float* steps, const float* scale, int64_t n,
-                                       StorageFormat format, float* values) {
-  for (int64_t part = 0; part < kParts; ++part) {
-    Floats factor;
-    simd::load(factor, scale + part * kLanes);
-    for (int64_t j = 0; j < n; ++j) {
-      Floats value;
-      simd::load(value, steps + j * kRowTile + part * kLanes);
-      value *= factor;
-      simd::round_stored(value, format);
-      simd::store(values + j * kRowTile + part * kLanes, value);
-    }
-  }
-}
-
-std::vector<Range> refinement_slabs(const std::vector<Range>& panels, int64_t group_width) {
-  std::vector<Range> slabs;
-  int64_t begin = 0;
-  for (const Range& panel : panels) {
-    const bool ends_group = panel.end % group_width == 0 || panel.end == panels.back().end;
-    if (!ends_group) continue;
-    if (panel.end - begin > kWidestSlab) return panels;
-    slabs.push_back({begin, panel.end});
-    begin = panel.end;
-  }
-  return slabs;
-}
-
-at::Tensor slab_rows(const std::vector<Range>& panels, Range columns,
-                     const std::function<at::Tensor(size_t panel, Range rows)>& part) {
-  at::Tensor rows = at::zeros({columns.size(), panels.back().end - columns.begin}, at::kFloat);
-  for (size_t p = 0; p < panels.size(); ++p) {
-    if (panels[p].end <= columns.begin) continue;
-    const Range above{columns.begin, std::min(columns.end, panels[p].end)};
-    rows.slice(0, 0, above.size())
-        .slice(1, panels[p].begin - columns.begin, panels[p].end - columns.begin)
-        .copy_(part(p, above));
-  }
-  return rows;
-}
-
-/// a aᵀ, rows of the result shared by the threads: inside a parallel region a product has one thread, and its
-/// bits do not depend on how many there are.
-static at::Tensor row_products(const at::Tensor& a) {
-  at::Tensor product = at::empty({a.size(0), a.size(0)}, at::kFloat);
-  const int64_t parts = (a.size(0) + kRowTile - 1) / kRowTile;
-  at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-    for (int64_t part = first; part < last; ++part) {
-      const int64_t begin = part * kRowTile, end = std::min(a.size(0), begin + kRowTile);
-      at::Tensor rows = product.slice(0, begin, end);
-      at::mm_out(rows, a.slice(0, begin, end), a.t());
-    }
-  });
-  return product;
-}
-
-static at::Tensor dead_columns(const Factor& factor, Range columns) {
-  return factor.dead.index_select(0, factor.order.slice(0, columns.begin, columns.end));
-}
-
-Slab::Slab(Range slab_columns, at::Tensor unit, const Factor& factor, bool is_for_sweep)
-    : columns(slab_columns), rows(std::move(unit)) {
-  ISOBATH_CHECK(rows.size(0) == columns.size() && rows.size(1) == factor.n_columns() - columns.begin,
-                "a slab [{}, {}] for columns {} … {} of {}", rows.size(0), rows.size(1), columns.begin,
-                columns.end, factor.n_columns());
-  rows.mul_((factor.curvature.slice(0, columns.begin) / factor.mean).sqrt().to(at::kFloat));
-  if (!is_for_sweep) return;
-  curvature = row_products(rows);
-  const at::Tensor dead = dead_columns(factor, columns);
-  curvature.masked_fill_(dead.unsqueeze(0), 0).masked_fill_(dead.unsqueeze(1), 0);
-}
 
 /// One slab of one strip: codes (as steps from the zero point), stored values and gradient transposed,
 /// [width, kRowTile], so that all rows advance together in vector lanes. Missing rows are zeros.
@@ -164,7 +26,10 @@ class Refiner::Work {
         n_slab_(slab.columns.size()),
         width_(n_columns_ / n_groups(n_columns_, spec_)),
         is_permuted_(quant::is_permuted(factor_.order)),
-        is_live_(dead_columns(factor_, slab.columns).logical_not().to(at::kFloat).unsqueeze(1)),
+        is_live_(factor_.dead.index_select(0, factor_.order.slice(0, slab.columns.begin, slab.columns.end))
+                     .logical_not()
+                     .to(at::kFloat)
+                     .unsqueeze(1)),
         grids_(static_cast<size_t>(n_columns_ / width_)),
         values_(at::empty({n_slab_, kRowTile}, at::kFloat)),
         steps_(at::empty_like(values_)),
@@ -451,18 +316,6 @@ at::Tensor Refiner::objectives(int64_t tile_rows) const {
 QuantizedMatrix Refiner::take() {
   matrix_.scale = matrix_.scale.to(matrix_.spec.storage);
   return std::move(matrix_);
-}
-
-static std::vector<Range> panels_of(const Factor& factor) {
-  std::vector<Range> panels;
-  for (const at::Tensor& panel : factor.panels)
-    panels.push_back({panel.size(0) - panel.size(1), panel.size(0)});
-  return panels;
-}
-
-Slab slab_of(const Factor& factor, Range columns, bool is_for_sweep) {
-  const auto part = [&](size_t p, Range rows) { return factor.panels[p].slice(0, rows.begin, rows.end); };
-  return {columns, slab_rows(panels_of(factor), columns, part), factor, is_for_sweep};
 }
 
 QuantizedMatrix refine(const QuantizedMatrix& start, const at::Tensor& target, const Factor& factor,

@@ -44,12 +44,15 @@ inline Cluster instant_cluster() {
   return cluster;
 }
 
-/// 4 sequences of 5 tokens in 2 logical shards; no probes.
+/// 4 sequences of 5 tokens in 2 logical shards; no probes, and plain weighted GPTQ.
 inline config::RunConfig tiny_config() {
   config::RunConfig config;
   config.model = "tiny";
   config.calibration = {.tokens = {}, .sequences = 4, .length = 5, .microbatch = 1, .logical_shards = 2};
   config.sensitivity.per_sequence = "off";
+  config.sensitivity.shrinkage = 0;
+  config.quantization.refinement.sweeps = 0;
+  config.quantization.asymmetric.correction = "none";
   config.quantization.group = 0;
   return config;
 }

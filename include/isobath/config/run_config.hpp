@@ -33,8 +33,8 @@ struct Sensitivity {
   std::string grouping = "index";  ///< of row groups: index | head | cluster
   int64_t grouping_sequences = 8;  ///< cluster: sequences that row profiles are measured on
   double clip_quantile = 0.999;
-  double exponent = 1.0;
-  double shrinkage = 0;  ///< 0 … 1; −1: auto
+  double exponent = 0.5;
+  double shrinkage = -1;  ///< 0 … 1; −1: auto
   bool covariance = false;
   std::vector<int> gram_bits;  ///< widths whose perturbations are scored while measuring; empty: none
   std::string reuse;           ///< finished measure/ directory of another run to use instead of measuring
@@ -45,7 +45,7 @@ struct Override {
   int64_t group = -1;  ///< −1: not overridden; 0: channel
 };
 struct Asymmetric {
-  std::string correction = "none";  ///< none | qep | gptaq
+  std::string correction = "qep";  ///< none | qep | gptaq
   double strength = 0.5;            ///< a of W + a·W·M
   double ridge = 1.0;               ///< λ of qep, in mean diagonals of H
   [[nodiscard]] bool is_on() const { return correction != "none"; }
@@ -58,7 +58,7 @@ struct Reestimate {
   int64_t probe_sequences = 8;   ///< drift: sequences that D is compared on
 };
 struct Refinement {
-  int64_t sweeps = 0;  ///< 0: off
+  int64_t sweeps = 2;  ///< 0: off
 };
 /// Content of an allocation file (config/allocation_file.hpp).
 struct Allocation {
@@ -81,6 +81,8 @@ struct Quantization {
   std::vector<Override> overrides;
   std::string allocation;  ///< file of `isobath allocate`; empty: none
   Allocation allocated;    ///< its content, once apply_allocation has read it
+  /// Whether the hidden states of the original model travel beside those of the quantized prefix.
+  [[nodiscard]] bool is_asymmetric() const { return solver != "round_to_nearest" && asymmetric.is_on(); }
 };
 struct Evaluation {
   std::string tokens;  ///< empty: the stage is skipped

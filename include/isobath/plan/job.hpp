@@ -61,7 +61,7 @@ struct Job {
     return uses_covariance() && config.quantization.weighting == "sensitivity";
   }
   [[nodiscard]] bool is_asymmetric() const {
-    return uses_covariance() && config.quantization.asymmetric.is_on();
+    return config.quantization.is_asymmetric();
   }
   [[nodiscard]] bool is_qep() const {
     return is_asymmetric() && config.quantization.asymmetric.correction == "qep";

@@ -1,35 +1,13 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
-#include <functional>
 #include <isobath/quant/factor.hpp>
 #include <isobath/quant/grid.hpp>
 #include <isobath/quant/row_solver.hpp>
+#include <isobath/quant/slab.hpp>
 #include <vector>
 
 namespace isobath::quant {
-
-/// Columns that a sweep of the refinement visits together, in the factor's column order: runs of panels that
-/// end where a group ends, so that a group's grid can move. A group wider than kWidestSlab keeps its grid.
-[[nodiscard]] std::vector<Range> refinement_slabs(const std::vector<Range>& panels, int64_t group_width);
-
-inline constexpr int64_t kWidestSlab = 8 * kPanel;
-
-/// The rows of a slab of R diag(R)⁻¹ from column `columns.begin` on, [width, C − begin] f32, put together
-/// from part(p, rows), rows [rows] of panel p, [rows.size(), width of p].
-[[nodiscard]] at::Tensor slab_rows(const std::vector<Range>& panels, Range columns,
-                                   const std::function<at::Tensor(size_t panel, Range rows)>& part);
-
-/// Rows [begin, end) of R from column `begin` on: all that (H + λI) has to do with these columns, seen from
-/// ΔW R. Divided by √mean(diag H), so that the size of H does not matter.
-struct Slab {
-  Range columns;         ///< in the factor's column order
-  at::Tensor rows;       ///< [width, C − begin] f32
-  at::Tensor curvature;  ///< [width, width] f32: (H + λI)/mean of these columns, 0 where one is dead
-
-  /// unit: from slab_rows, scaled in place. Cost  width² C multiply-adds, unless it is only for loading.
-  Slab(Range columns, at::Tensor unit, const Factor& factor, bool is_for_sweep);
-};
 
 /// Lowers ½ tr((Ŵ−T) (H + λI) (Ŵ−T)ᵀ) from a quantized start by coordinate descent, λ that of the factor: the
 /// undamped objective is free to move weights along directions that few calibration tokens determine. With
@@ -78,8 +56,7 @@ class Refiner {
   std::vector<Strip> strips_;
 };
 
-/// A slab, and a Refiner, of a factor whose panels are all here. target [R, C] f32 CPU.
-[[nodiscard]] Slab slab_of(const Factor& factor, Range columns, bool is_for_sweep);
+/// A Refiner over a factor whose panels are all here. target [R, C] f32 CPU.
 [[nodiscard]] QuantizedMatrix refine(const QuantizedMatrix& start, const at::Tensor& target,
                                      const Factor& factor, int64_t sweeps);
 
