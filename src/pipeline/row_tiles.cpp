@@ -58,7 +58,11 @@ class SetRows::RowTiles {
     const auto n_columns = static_cast<double>(weight_.size(1));
     const double weights = static_cast<double>(height_) * n_columns, fit = weights * kCostOfFit,
                  product = weights * n_columns / 2;
-    return {n_tiles_, every_, fit + product, fit, product};
+    // Half a product to load the errors, and one a sweep; W C, two substitutions, and the objective again.
+    const config::Quantization& quantization = session_.config.quantization;
+    const auto sweeps = static_cast<double>(quantization.refinement.sweeps);
+    const double products = 1 + (sweeps > 0 ? 1 + 2 * sweeps : 0) + (quantization.asymmetric.is_on() ? 5 : 0);
+    return {n_tiles_, every_, fit + products * product, fit, product};
   }
   void deal(TileShare share) { share_ = std::move(share); }
 
@@ -236,7 +240,8 @@ SetRows::SetRows(const Session& session, const std::vector<SolverUnit*>& units,
     // All ranks factorize what is spread.
     if (!unit.layout.is_spread)
       factorization[static_cast<size_t>(unit.root)] +=
-          kCostOfFactorization * std::pow(static_cast<double>(unit.layout.columns.back().end), 3) / 6;
+          (session.config.quantization.asymmetric.is_on() ? 2 : 1) * kCostOfFactorization *
+          std::pow(static_cast<double>(unit.layout.columns.back().end), 3) / 6;
   }
   std::vector<TileShare> shares = deal_tiles(work, factorization, world.rank());
   auto share = shares.begin();
