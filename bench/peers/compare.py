@@ -34,8 +34,12 @@ class Failed(Exception):
     pass
 
 
-def isobath(ranks, threads, weighting, residency="resident"):
-    return {"ranks": ranks, "threads": threads, "weighting": weighting, "residency": residency}
+# What peers do not do either: no correction for the quantized prefix, no refinement of the codes.
+PLAIN = {"refinement": {"sweeps": 0}, "asymmetric": {"correction": "none"}}
+
+
+def isobath(ranks, threads, weighting, residency="resident", solver=PLAIN):
+    return {"ranks": ranks, "threads": threads, "weighting": weighting, "residency": residency, "solver": solver}
 
 
 def peer(environment, script, *options):
@@ -48,6 +52,7 @@ SYSTEMS = {
     "isobath D = 1, 1 rank of 2 threads, streamed": isobath(1, 2, "none", "streamed"),
     "isobath with sensitivity, 2 ranks of 1 thread": isobath(2, 1, "sensitivity"),
     "isobath with sensitivity, 1 rank of 2 threads": isobath(1, 2, "sensitivity"),
+    "isobath, the defaults, 2 ranks of 1 thread": isobath(2, 1, "sensitivity", solver={}),
     "llm-compressor GPTQ": peer("llmcompressor", "peer_llmcompressor.py"),
     "llm-compressor AWQ": peer("llmcompressor", "peer_llmcompressor.py", "--method", "awq"),
     "GPTQModel GPTQ": peer("gptqmodel", "peer_gptqmodel.py"),
@@ -131,7 +136,7 @@ def command_of(system, options, bits, checkpoint):
         "ranks": {"threads": system["threads"]},
         "calibration": {"tokens": options.tokens, "sequences": options.sequences, "length": options.length},
         "sensitivity": {"per_sequence": "off"},
-        "quantization": {"bits": bits, "group": options.group, "symmetric": True, "weighting": system["weighting"]}}),
+        "quantization": {"bits": bits, "group": options.group, "symmetric": True, "weighting": system["weighting"], **system["solver"]}}),
         encoding="utf-8")
     launcher = ["mpirun", "-n", system["ranks"]] if system["ranks"] > 1 else []
     return [*launcher, options.isobath, "run", config]
