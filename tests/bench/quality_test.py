@@ -51,7 +51,7 @@ class Matrix(unittest.TestCase):
     def test_measurement_is_shared_exactly_when_its_keys_agree(self):
         runs = {run.name: run for run in self.read("defaults.yaml")}
         default = runs["small/3-bit/seed-0/default"].measure_name()
-        for same in ("small/3-bit/seed-0/exponent 0.5", "small/2-bit/seed-0/2 sweeps", "small/4-bit/seed-0/qep 1"):
+        for same in ("small/3-bit/seed-0/exponent 1", "small/2-bit/seed-0/4 sweeps", "small/4-bit/seed-0/qep 1"):
             self.assertEqual(runs[same].measure_name(), default, same)
         for other in ("small/3-bit/seed-1/default", "smollm2/3-bit/seed-0/default", "small/3-bit/seed-0/fisher",
                       "small/3-bit/seed-0/2 row groups"):
