@@ -56,7 +56,7 @@ class Matrix(unittest.TestCase):
         for other in ("small/3-bit/seed-1/default", "smollm2/3-bit/seed-0/default", "small/3-bit/seed-0/fisher",
                       "small/3-bit/seed-0/2 row groups"):
             self.assertNotEqual(runs[other].measure_name(), default, other)
-        self.assertFalse(runs["small/3-bit/seed-0/D = 1"].needs_measure)
+        self.assertFalse(runs["small/3-bit/seed-0/D = 1 GPTQ"].needs_measure)
 
     def test_result_is_made_again_when_a_key_or_the_setting_changes(self):
         run, other = self.read("defaults.yaml")[:2]
