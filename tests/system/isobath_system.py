@@ -140,6 +140,8 @@ EVERYTHING_ON = ("quantization.reestimate={policy: every, blocks: 2}", "quantiza
                  "quantization.refinement={sweeps: 2}", "sensitivity.shrinkage=auto")
 # Before some blocks D is measured again, before others the one in use is kept (same_bytes.py looks); by the divergence from
 # the original, whose last hidden states no generation holds; row groups of whole heads.
+# GPTQ alone: without what the defaults add to it.
+PLAIN = ("quantization.asymmetric={correction: none}", "quantization.refinement={sweeps: 0}", "sensitivity.shrinkage=0")
 DRIFTING = ("quantization.reestimate={policy: drift, blocks: 1, threshold: 0.94, probe_sequences: 3, loss: kl}",
             "sensitivity.row_groups=2", "sensitivity.grouping=head")
 

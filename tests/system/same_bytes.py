@@ -2,7 +2,7 @@
 import shutil
 
 import isobath_system
-from isobath_system import CLUSTERED, DRIFTING, EVERYTHING_ON, Workspace, assert_same_bytes, reestimations, result_digests, run_well
+from isobath_system import CLUSTERED, DRIFTING, EVERYTHING_ON, PLAIN, Workspace, assert_same_bytes, reestimations, result_digests, run_well
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (4, 1)]
 # The covariance of this width's down_proj is spread over the ranks in panels (quant::kWholeColumns), and needs all of
@@ -16,6 +16,7 @@ VARIANTS = {
         ("float32", isobath_system.D_FF, EVERYTHING_ON + ("sensitivity.gram.bits=[2, 4]",), LAYOUTS),
     "float32, drift": ("float32", isobath_system.D_FF, DRIFTING, LAYOUTS),
     "float32, clustered": ("float32", isobath_system.D_FF, CLUSTERED, [(1, 1), (2, 1), (1, 2)]),
+    "float32, wide, plain": ("float32", WIDE_D_FF, PLAIN, [(1, 1), (2, 1), (3, 1), (2, 2)]),
     "float32, wide": ("float32", WIDE_D_FF, ("quantization.refinement.sweeps=1", "quantization.asymmetric={correction: qep}"),
                       [(1, 1), (2, 1), (3, 1), (2, 2)]),
     "float32, everything on, two threads a rank":

@@ -66,11 +66,12 @@ struct SolverUnit;
 ///
 /// Memory   whole: an H's d² f32 and ⌈log₂ shards⌉ partial sums on every rank while it is summed, on its root
 /// 8 d² bytes more. In panels: 4 d² bytes over all ranks, and a few panels. Solving: 4 bytes for each of this
-/// rank's weights, and a panel. Refinement and an asymmetric correction need H (and C, and the correction)
-/// whole on every rank.
+/// rank's weights, and a panel. A refinement 1 byte more for each, and a slab of the factor; an asymmetric
+/// correction 8 more, C beside H, for qep a second factor, and for gptaq its matrix whole on every rank.
 ///
 /// Network  whole: ⌈log₂ ranks⌉ messages of d² f32 on the critical path; in panels 2 d² bytes of them, and
-/// 4 d² bytes to all ranks for the factorization. Either way 2 d² bytes of factor and the codes to all ranks.
+/// 4 d² bytes to all ranks for the factorization. Either way 2 d² bytes of factor and the codes to all ranks;
+/// factors wider than quant::kWholeColumns go to them again for every pass of a refinement and a correction.
 /// Collective over the session's world.
 class BlockSolver {
  public:

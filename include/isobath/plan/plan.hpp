@@ -59,8 +59,8 @@ struct Plan {
 [[nodiscard]] Plan make_plan(const config::RunConfig& config, const model::ModelConfig& model,
                              const Cluster& cluster);
 
-/// A line for each linear whose covariance is too wide for what needs it whole on every rank (refinement, an
-/// asymmetric correction, act-order); empty when there is none, or nothing needs it.
+/// A line for each linear whose covariance is too wide for what needs it whole on one rank (gptaq,
+/// act-order); empty when there is none, or nothing needs it.
 [[nodiscard]] std::string too_wide_to_hold(const config::RunConfig& config, const model::ModelConfig& model);
 
 /// The cost of the run on one given grid, whether it fits or not; for comparing with a run that took place.

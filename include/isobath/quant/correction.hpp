@@ -51,9 +51,11 @@ class CorrectedRows {
 
 /// M = triu(C Uᵀ, 1) U, U = R⁻¹, by two triangular solves in the factor's column order, and Z = W M: the
 /// later columns make up for what the deviation of the input does through each column. c [C, C] f32 CPU ->
-/// [C, C] f32 in original column order, in f64. Source   Li et al., GPTAQ (2025), P; there a = ¼. Differs
-/// there the deviation is weighted with the column as the loop has changed it, here with the original one,
-/// whose output is the target. Then all that the loop would add is known before it starts.
+/// [C, C] f32 in original column order, in f64.
+/// Source   Li et al., GPTAQ (2025), P; there a = ¼.
+/// Differs  there the deviation is weighted with the column as the loop has changed it, here with the
+///          original one, whose output is the target. Then all that the loop would add is known before it
+///          starts.
 [[nodiscard]] at::Tensor gptaq_correction(const at::Tensor& c, const Factor& factor);
 
 /// W + strength·W·M in f32. w [R, C] any float dtype -> [R, C] f32.
