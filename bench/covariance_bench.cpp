@@ -44,7 +44,8 @@ void covariance_panel(benchmark::State& state) {
   if (!kernels::has_gram(x)) return state.SkipWithError("no kernel on this machine");
   at::Tensor panel = at::zeros({begin + kWidth, kWidth});
   for (auto _ : state)
-    benchmark::DoNotOptimize(kernels::add_gram_panel(panel, begin, x.slice(1, 0, begin + kWidth), roots));
+    benchmark::DoNotOptimize(
+        kernels::add_gram_panels({&panel, 1}, begin, x.slice(1, 0, begin + kWidth), roots));
   // Elements on and above the diagonal, twice: as many useful operations as in the whole.
   count_flops(state, 4.0 * kTokens * kWidth * (static_cast<double>(begin) + kWidth / 2.0));
 }

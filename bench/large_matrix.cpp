@@ -74,7 +74,15 @@ class LargeMatrix {
         });
     const model::ModelConfig any;
     const plan::Shapes shapes = plan::Shapes::of(any, /*computes_bf16=*/false, /*has_kernels=*/false);
-    report("covariance", timer.seconds(), plan::covariance_add(shapes, local, width));
+    // As plan/block_time.cpp counts what goes with it: the shards' zeros, their sums and, to their owners,
+    // the way.
+    const double entries = plan::panel_entries(width), closings = static_cast<double>(shards.size());
+    plan::Work covariance = plan::covariance_add(shapes, local, width);
+    covariance.traffic_bytes += 4 * entries * closings;
+    covariance.host_traffic_bytes += ranks > 1 ? 12 * entries : 0;
+    const double exchange_s =
+        cluster_ && ranks > 1 ? 4 * entries / (1e9 * cluster_->network.within_node_gbs) : 0;
+    report("covariance", timer.seconds(), covariance, exchange_s);
     x.clear();
 
     timer = Timer();
@@ -111,12 +119,13 @@ class LargeMatrix {
   }
 
  private:
-  void report(const char* phase, double wall_s, const plan::Work& work) {
+  void report(const char* phase, double wall_s, const plan::Work& work, double exchange_s = 0) {
     const double slowest = world_.all_reduce(wall_s, comm::Reduce::max);
     const double largest = world_.all_reduce(peak_gib(), comm::Reduce::max);
     if (world_.rank() != 0) return;
     const std::string planned =
-        cluster_ ? fmt::format("{:.1f}", plan::seconds(work, *cluster_, /*computes_bf16=*/false)) : "-";
+        cluster_ ? fmt::format("{:.1f}", plan::seconds(work, *cluster_, /*computes_bf16=*/false) + exchange_s)
+                 : "-";
     fmt::print("{:<16} {:>10.1f} {:>10} {:>12.2f}\n", phase, slowest, planned, largest);
     std::fflush(stdout);
   }

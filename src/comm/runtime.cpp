@@ -9,6 +9,7 @@
 #include <isobath/core/log.hpp>
 
 #include "communicator_state.hpp"
+#include "inquiry.hpp"
 #include "polling.hpp"
 #include "progress.hpp"
 #include "watchdog_hooks.hpp"
@@ -56,7 +57,12 @@ Runtime::Runtime(int& argc, char**& argv) {
   const Communicator node = world().node();
   set_core_for_each_rank(cores_of(node).usable >= node.size());
   set_watchdog_identity(world().rank(), world().host(), granted == MPI_THREAD_MULTIPLE ? abort_all : leave);
-  if (granted == MPI_THREAD_MULTIPLE && world().size() > 1) start_progress();
+  if (granted == MPI_THREAD_MULTIPLE && world().size() > 1) {
+    start_progress();
+    MPI_Comm own = MPI_COMM_NULL;
+    ISOBATH_MPI(MPI_Comm_dup(MPI_COMM_WORLD, &own));
+    set_watchdog_inquiry(std::make_unique<Inquiry>(own, world().all_gather(world().host())));
+  }
 }
 
 Runtime::~Runtime() {
@@ -73,6 +79,7 @@ Runtime::~Runtime() {
     abort(ExitCode::internal);
   }
   Watchdog::configure(std::chrono::seconds(0));
+  set_watchdog_inquiry(nullptr);
   stop_progress();
   state_.reset();
   MPI_Finalize();

@@ -70,7 +70,9 @@ void add_run_keys(Table& t) {
       "GiB");
   t.integer(
       "ranks.watchdog_s", [](auto& c) -> auto& { return c.ranks.watchdog_s; }, 0, "s",
-      "Longest wait of a rank for others before it ends the job; 0 waits for ever.");
+      "Longest wait of a rank for others before it asks whether they still work, and ends the job if one "
+      "does "
+      "not answer; 0 waits for ever.");
   t.text(
       "scratch.directory", [](auto& c) -> auto& { return c.scratch.directory; }, false,
       "Directory of a local disk for block inputs that a measure pass with streamed weights keeps for its "

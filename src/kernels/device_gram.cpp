@@ -50,13 +50,13 @@ at::Tensor no_bad_value(const at::Tensor& x) {
   return at::zeros({1}, x.options().dtype(at::kInt));
 }
 
-/// All rows and columns of a sum, whose rows are contiguous.
-cuda::Sum whole(at::Tensor& sum) {
+/// All rows and columns of a sum whose rows are contiguous; b's channels from `first_column` on meet it.
+cuda::Sum all_of(at::Tensor& sum, int64_t first_column) {
   return {.data = sum.mutable_data_ptr<float>(),
           .stride = sum.stride(0),
           .n_rows = sum.size(0),
           .n_columns = sum.size(1),
-          .first_column = 0,
+          .first_column = first_column,
           .is_upper = false};
 }
 
@@ -72,27 +72,35 @@ void add(const at::Tensor& a, const at::Tensor& b, const cuda::Sum& sum) {
 
 }  // namespace
 
-bool device::add_gram_panel(at::Tensor& panel, int64_t begin, const at::Tensor& x, const at::Tensor& roots) {
+bool device::add_gram_panels(std::span<at::Tensor> panels, int64_t begin, const at::Tensor& x,
+                             const at::Tensor& roots) {
   const c10::DeviceGuard guard(x.device());
   at::Tensor is_bad = no_bad_value(x);
-  const at::Tensor rows = weighted(x, roots, panel.size(0), is_bad);
+  const at::Tensor rows = weighted(x, roots, panels.back().size(0), is_bad);
   if (is_bad.item<int>() != 0) return false;
-  add(rows, rows,
-      {.data = panel.mutable_data_ptr<float>(),
-       .stride = panel.size(1),
-       .n_rows = panel.size(0),
-       .n_columns = panel.size(1),
-       .first_column = begin,
-       .is_upper = true});
+  for (at::Tensor& panel : panels) {
+    add(rows, rows,
+        {.data = panel.mutable_data_ptr<float>(),
+         .stride = panel.size(1),
+         .n_rows = panel.size(0),
+         .n_columns = panel.size(1),
+         .first_column = begin,
+         .is_upper = true});
+    begin += panel.size(1);
+  }
   return true;
 }
 
-bool device::add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
+bool device::add_product(std::span<at::Tensor> panels, const at::Tensor& a, const at::Tensor& b) {
   const c10::DeviceGuard guard(a.device());
   at::Tensor is_bad = no_bad_value(a);
   const at::Tensor left = weighted(a, {}, a.size(1), is_bad), right = weighted(b, {}, b.size(1), is_bad);
   if (is_bad.item<int>() != 0) return false;
-  add(left, right, whole(sum));
+  int64_t begin = 0;
+  for (at::Tensor& panel : panels) {
+    add(left, right, all_of(panel, begin));
+    begin += panel.size(1);
+  }
   return true;
 }
 
@@ -106,7 +114,7 @@ void add_device_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& 
                 b.size(1));
   if (a.size(0) == 0 || sum.numel() == 0) return;
   const c10::DeviceGuard guard(sum.device());
-  add(a, b, whole(sum));
+  add(a, b, all_of(sum, 0));
 }
 
 }  // namespace isobath::kernels

@@ -118,31 +118,49 @@ class Packed {
   int64_t n_channels_, n_panels_, chunk_tokens_ = 0, first_ = 0, n_tokens_ = 0;
 };
 
-/// What a product is added to: its columns from `first_column` on, which starts a panel.
+/// What a product is added to: columns [first_column, end_column) of it; the first starts a panel.
 struct Target {
   float* data;
-  int64_t stride, first_column;
+  int64_t stride, first_column, end_column;
 };
+
+/// Sums side by side, from a column on.
+std::vector<Target> targets_of(std::span<at::Tensor> sums, int64_t begin) {
+  std::vector<Target> targets;
+  for (at::Tensor& sum : sums) {
+    const int64_t end = begin + sum.size(1);
+    targets.push_back({sum.mutable_data_ptr<float>(), sum.size(1), begin, end});
+    begin = end;
+  }
+  return targets;
+}
 
 enum class Part { upper, all };
 
-/// Adds the products of one packed chunk, panels [first column's, last) of `columns` against those of `rows`.
+/// Adds the products of one packed chunk, the columns of the targets against `rows`.
 template <class Kernel>
-void add_products(const Packed<Kernel>& rows, const Packed<Kernel>& columns, Target c, Part part) {
+void add_products(const Packed<Kernel>& rows, const Packed<Kernel>& columns,
+                  const std::vector<Target>& targets, Part part) {
   constexpr int64_t kBlock = kBlockChannels / Kernel::kPanel;
-  const int64_t first = c.first_column / Kernel::kPanel;
-  std::vector<std::pair<int64_t, int64_t>> blocks;  // first panels of rows and columns
-  for (int64_t j = first; j < columns.n_panels(); j += kBlock) {
-    const int64_t end = part == Part::upper ? std::min(j + kBlock, rows.n_panels()) : rows.n_panels();
-    for (int64_t i = 0; i < end; i += kBlock) blocks.emplace_back(i, j);
+  struct Block {
+    const Target* target;
+    int64_t row, column, column_end;  // packed panels
+  };
+  std::vector<Block> blocks;
+  for (const Target& target : targets) {
+    const int64_t last = (target.end_column + Kernel::kPanel - 1) / Kernel::kPanel;
+    for (int64_t j = target.first_column / Kernel::kPanel; j < last; j += kBlock) {
+      const int64_t end = part == Part::upper ? std::min(j + kBlock, last) : rows.n_panels();
+      for (int64_t i = 0; i < end; i += kBlock) blocks.push_back({&target, i, j, std::min(j + kBlock, last)});
+    }
   }
-  const auto add_block = [&](int64_t first_row, int64_t first_column) {
-    const int64_t row_end = std::min(first_row + kBlock, rows.n_panels()),
-                  column_end = std::min(first_column + kBlock, columns.n_panels());
+  const auto add_block = [&](const Block& block) {
+    const Target& c = *block.target;
+    const int64_t row_end = std::min(block.row + kBlock, rows.n_panels());
     for (int64_t pass = 0; pass < rows.n_passes(); ++pass)
-      for (int64_t j = first_column; j < column_end; ++j) {
+      for (int64_t j = block.column; j < block.column_end; ++j) {
         const int64_t end = part == Part::upper ? std::min(row_end, j + 1) : row_end;
-        for (int64_t i = first_row; i < end; ++i)
+        for (int64_t i = block.row; i < end; ++i)
           Kernel::add(rows.panel(pass, i), columns.panel(pass, j), rows.tokens(pass), rows.channels(i),
                       columns.channels(j),
                       c.data + i * Kernel::kPanel * c.stride + j * Kernel::kPanel - c.first_column, c.stride);
@@ -150,7 +168,7 @@ void add_products(const Packed<Kernel>& rows, const Packed<Kernel>& columns, Tar
   };
   // A block of C belongs to one thread, which adds the passes in order.
   at::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) add_block(blocks[b].first, blocks[b].second);
+    for (int64_t b = begin; b < end; ++b) add_block(blocks[static_cast<size_t>(b)]);
   });
 }
 
@@ -163,19 +181,20 @@ bool is_usable(Packed<Kernel>& x) {
 }
 
 template <class Kernel>
-bool add_gram_as(Target c, int64_t n_channels, const at::Tensor& x, const at::Tensor& roots) {
+bool add_gram_as(const std::vector<Target>& targets, const at::Tensor& x, const at::Tensor& roots) {
+  const int64_t n_channels = targets.back().end_column;
   Packed<Kernel> packed(x, roots, n_channels, n_channels);
   if (!is_usable(packed)) return false;
   for (int64_t chunk = 0; chunk < packed.n_chunks(); ++chunk) {
     // Large matrices only, where packing twice costs nothing beside the product.
     if (packed.n_chunks() > 1) (void)packed.pack(chunk);
-    add_products(packed, packed, c, Part::upper);
+    add_products(packed, packed, targets, Part::upper);
   }
   return true;
 }
 
 template <class Kernel>
-bool add_product_as(Target c, const at::Tensor& a, const at::Tensor& b) {
+bool add_product_as(const std::vector<Target>& targets, const at::Tensor& a, const at::Tensor& b) {
   const int64_t widest = std::max(a.size(1), b.size(1));
   Packed<Kernel> left(a, {}, a.size(1), widest), right(b, {}, b.size(1), widest);
   if (!is_usable(left) || !is_usable(right)) return false;
@@ -184,7 +203,7 @@ bool add_product_as(Target c, const at::Tensor& a, const at::Tensor& b) {
       (void)left.pack(chunk);
       (void)right.pack(chunk);
     }
-    add_products(left, right, c, Part::all);
+    add_products(left, right, targets, Part::all);
   }
   return true;
 }
@@ -213,35 +232,49 @@ bool has_gram(const at::Tensor& x) {
   return x.is_cpu() && implementation_of(x.scalar_type()) != "aten";
 }
 
-bool add_gram_panel(at::Tensor& panel, int64_t begin, const at::Tensor& x, const at::Tensor& roots) {
+bool add_gram_panels(std::span<at::Tensor> panels, int64_t begin, const at::Tensor& x,
+                     const at::Tensor& roots) {
   check_input(x, roots);
-  ISOBATH_CHECK(panel.dim() == 2 && begin >= 0 && begin % kGramAlignment == 0 &&
-                    panel.size(0) == begin + panel.size(1) && panel.size(0) <= x.size(1),
-                "a panel of columns from {} on of a sum over {} channels", begin, x.size(1));
-  check_sum(panel, panel.size(0), panel.size(1), x.device());
-  if (x.size(0) == 0 || panel.numel() == 0) return true;
-  if (x.is_cuda()) return device::add_gram_panel(panel, begin, x, roots);
-  const Target c{panel.mutable_data_ptr<float>(), panel.size(1), begin};
-  return is_bf16(x) ? add_gram_as<Bf16Kernel>(c, panel.size(0), x, roots)
-                    : add_gram_as<F32Kernel>(c, panel.size(0), x, roots);
+  int64_t end = begin;
+  for (const at::Tensor& panel : panels) {
+    ISOBATH_CHECK(
+        panel.dim() == 2 && end >= 0 && end % kGramAlignment == 0 && end + panel.size(1) <= x.size(1),
+        "a panel of columns from {} on of a sum over {} channels", end, x.size(1));
+    end += panel.size(1);
+    check_sum(panel, end, panel.size(1), x.device());
+  }
+  if (x.size(0) == 0 || end == begin) return true;
+  if (x.is_cuda()) return device::add_gram_panels(panels, begin, x, roots);
+  const std::vector<Target> targets = targets_of(panels, begin);
+  return is_bf16(x) ? add_gram_as<Bf16Kernel>(targets, x, roots) : add_gram_as<F32Kernel>(targets, x, roots);
 }
 
 bool add_gram(at::Tensor& upper, const at::Tensor& x, const at::Tensor& roots) {
   ISOBATH_CHECK(x.dim() == 2, "x [n, d] expected");
   check_sum(upper, x.size(1), x.size(1), x.device());
-  return add_gram_panel(upper, 0, x, roots);
+  return add_gram_panels({&upper, 1}, 0, x, roots);
 }
 
-bool add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
+bool add_product(std::span<at::Tensor> panels, const at::Tensor& a, const at::Tensor& b) {
   check_input(a, {});
   ISOBATH_CHECK(b.dim() == 2 && a.size(0) == b.size(0) && a.scalar_type() == b.scalar_type() &&
                     a.device() == b.device(),
                 "add_product needs inputs [n, d] and [n, w] of one dtype on one device");
-  check_sum(sum, a.size(1), b.size(1), a.device());
-  if (a.numel() == 0) return true;
-  if (a.is_cuda()) return device::add_product(sum, a, b);
-  const Target c{sum.mutable_data_ptr<float>(), sum.size(1), 0};
-  return is_bf16(a) ? add_product_as<Bf16Kernel>(c, a, b) : add_product_as<F32Kernel>(c, a, b);
+  int64_t end = 0;
+  for (const at::Tensor& panel : panels) {
+    ISOBATH_CHECK(panel.dim() == 2 && end % kGramAlignment == 0, "a panel from column {} on", end);
+    check_sum(panel, a.size(1), panel.size(1), a.device());
+    end += panel.size(1);
+  }
+  ISOBATH_CHECK(end == b.size(1), "panels of {} columns for {} channels", end, b.size(1));
+  if (a.numel() == 0 || end == 0) return true;
+  if (a.is_cuda()) return device::add_product(panels, a, b);
+  const std::vector<Target> targets = targets_of(panels, 0);
+  return is_bf16(a) ? add_product_as<Bf16Kernel>(targets, a, b) : add_product_as<F32Kernel>(targets, a, b);
+}
+
+bool add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b) {
+  return add_product({&sum, 1}, a, b);
 }
 
 }  // namespace isobath::kernels

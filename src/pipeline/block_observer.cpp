@@ -123,7 +123,7 @@ void BlockObserver::finish_microbatch(bool is_last_of_shard) {
     module.sums[0].add(microbatch_.shard, module.shard->sums());
     module.maxima[0].add(microbatch_.shard, module.shard->maxima());
     for (size_t k = 0; k < module.shard_covariances.size(); ++k)
-      module.covariances[k].add(microbatch_.shard, module.shard_covariances[k].take().cpu());
+      module.covariances[k].add(microbatch_.shard, module.shard_covariances[k].take_upper().cpu());
     module.shard.reset();
   }
 }
@@ -178,8 +178,10 @@ BlockStatistics BlockObserver::reduce() {
     const at::Tensor sums = module.sums[0].reduce_to(root(), replicas, 0);
     const at::Tensor maxima = module.maxima[0].reduce_to(root(), replicas, kTagStride);
     std::vector<at::Tensor> covariances;
-    for (comm::TreeSum& tree : module.covariances)
-      covariances.push_back(tree.reduce_to(root(), replicas, 2 * kTagStride));
+    for (comm::TreeSum& tree : module.covariances) {
+      at::Tensor upper = tree.reduce_to(root(), replicas, 2 * kTagStride);
+      if (is_root) covariances.push_back(sensitivity::mirrored(std::move(upper)));
+    }
     statistics.token_weights = gather(module.token_weights, 3 * kTagStride);
     if (module.perturbations) statistics.perturbations = gather(module.perturbations->value());
     if (!is_root) continue;

@@ -155,7 +155,7 @@ void accumulate(const Session& session, const CalibrationSet& calibration,
       },
       [&](int64_t shard) {
         for (Sums& sum : sums) {
-          sum.h_tree.add(shard, sum.h.take().cpu());
+          sum.h_tree.add(shard, sum.h.take_upper().cpu());
           sum.h = sensitivity::Covariance(n_channels, session.device);
           if (with_cross) sum.c_tree.add(shard, sum.c->take().front().cpu());
           sum.c.reset();
@@ -166,7 +166,7 @@ void accumulate(const Session& session, const CalibrationSet& calibration,
     at::Tensor h = sums[u].h_tree.reduce_to(units[u]->root, world);
     at::Tensor c = with_cross ? sums[u].c_tree.reduce_to(units[u]->root, world) : at::Tensor();
     if (world.rank() != units[u]->root) continue;
-    units[u]->h = std::move(h);
+    units[u]->h = sensitivity::mirrored(std::move(h));
     units[u]->c = std::move(c);
   }
 }

@@ -86,17 +86,20 @@ class BlockTime {
     const auto units = static_cast<double>(job_.units_of(set));
     const auto n_local_shards = static_cast<double>(job_.layout.shards_per_rank);
     const Work tree_add{.host_traffic_bytes = (n_local_shards - 1) * 12 * d * d};  // on this rank
-    // In panels: the upper triangle alone; the rows are read and weighted for every six of them.
+    // In panels: the upper triangle alone. For every six of them the rows are read and weighted again, up to
+    // the last one's channels; kernels pack them twice, to find values that may not be used first.
     const bool is_spread = job_.is_spread(d);
     const double share = is_spread ? panel_entries(d) / (d * d) : 1;
     const double passes = is_spread ? std::ceil(d / (6 * panel_columns())) : 1;
+    const double readings = is_spread ? (passes + 1) / (job_.shapes.has_kernels ? 1 : 2) : 1;
     const Work product = covariance_add(job_.shapes, local_tokens(), d);
-    covariance_ +=
-        units * (time(product) + (passes - 1) / 2 * time({.traffic_bytes = product.traffic_bytes}) +
-                 share * time(n_local_shards * covariance_close(d) + tree_add));
+    covariance_ += units * (time(product) + (readings - 1) * time({.traffic_bytes = product.traffic_bytes}) +
+                            share * time(n_local_shards * covariance_close(d) + tree_add));
+    if (!is_spread) covariance_ += std::ceil(units / job_.layout.n_ranks()) * time(covariance_mirror(d));
     if (shrinks()) covariance_ += time(trace_pass(job_.shapes, local_tokens(), d));
+    const Work cross = cross_covariance_add(job_.shapes, local_tokens(), d);
     if (job_.is_asymmetric())
-      correction_ += units * time(cross_covariance_add(job_.shapes, local_tokens(), d) +
+      correction_ += units * time(cross + Work{.traffic_bytes = (passes - 1) * cross.traffic_bytes} +
                                   n_local_shards * cross_covariance_close(d) + tree_add);
     // Roots rotate: all but one in n_ranks need the move from rank 0.
     const double matrices = job_.is_asymmetric() ? 2 : 1;

@@ -17,9 +17,6 @@ constexpr double kTera = 1e12, kGiga = 1e9, kMicro = 1e-6;
 constexpr double kForwardOperations = 20, kBackwardOperations = 23, kAtenForwardOperations = 42,
                  kAtenBackwardOperations = 123, kObserverOperations = 20;
 
-// Channels of a panel of kernels/gram.cpp.
-constexpr double kGramPanel = 48;
-
 // GPTQ's blocks of columns (quant/solver.cpp).
 constexpr double kColumnBlock = 128;
 
@@ -33,9 +30,6 @@ constexpr double kGptaqTraffic = 124;
 // A weight on its way to an objective: dequantize (codes to f32 5, zero 8, scale 8, to storage 6),
 // difference 12, transposed 8, product written and read 8, sums 8.
 constexpr double kScoreTraffic = 63;
-
-// Covariance::take: the lower triangle 8, and the next shard's zeros 4.
-constexpr double kTakeTraffic = 8, kCrossValueTraffic = 4;
 
 // pipeline/row_tiles.cpp: tiles of which the rounding of one is judged, from so many channels on.
 constexpr double kSampledTiles = 16, kSampledColumns = 4096;
@@ -245,43 +239,6 @@ Work head_compare(const Shapes& s, double n_tokens) {
   const double compare = s.has_kernels ? 2 * 2 * e : 2 * (2 * e + 16) + 36;
   return {.gemm_flops = 2 * 2 * logits * s.d,
           .traffic_bytes = logits * (2 * e + compare) + 2 * n_tokens * s.d * s.passes.norm};
-}
-
-double panel_width(double d) {
-  return d <= 1024 ? 128 : 256;
-}
-
-Work covariance_add(const Shapes& s, double n_rows, double d) {
-  if (s.has_kernels) return {.covariance_flops = n_rows * d * (d + kGramPanel), .n_operations = 4};
-  // to f32 e+4, times √D 8, mask 8, finite? 8.
-  return {.f32_flops = n_rows * d * (d + panel_width(d)),
-          .traffic_bytes = n_rows * d * (s.element_bytes + 28),
-          .n_operations = 8 + d / panel_width(d)};
-}
-
-Work covariance_close(double d) {
-  return {.traffic_bytes = kTakeTraffic * d * d, .n_operations = 6, .host_link_bytes = 4 * d * d};
-}
-
-Work cross_covariance_add(const Shapes& s, double n_rows, double d) {
-  const double e = s.element_bytes;
-  // Both inputs to f32 e+4, difference 12, times D 8, two masks 12, finite? 8; to bf16 4+e each for the
-  // kernel.
-  const double bytes = 2 * (e + 4) + 40 + (s.has_kernels && e < 4 ? 2 * (4 + e) : 0),
-               flops = 2 * n_rows * d * d;
-  return {.f32_flops = s.has_kernels ? 0 : flops,
-          .covariance_flops = s.has_kernels ? flops : 0,
-          .traffic_bytes = n_rows * d * bytes,
-          .n_operations = 12};
-}
-
-Work cross_covariance_close(double d) {
-  return {.traffic_bytes = kCrossValueTraffic * d * d, .n_operations = 2, .host_link_bytes = 4 * d * d};
-}
-
-Work trace_pass(const Shapes& s, double n_rows, double d) {
-  // To f32 e+4, square 8, sum 4.
-  return {.traffic_bytes = n_rows * d * (s.element_bytes + 16), .n_operations = 6};
 }
 
 double panel_columns() {

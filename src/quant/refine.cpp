@@ -211,9 +211,11 @@ class Refiner::Work {
       if (best == nullptr) continue;
       any = true;
       grids_[static_cast<size_t>(group)].set(row, best->grids[row], spec_);
+      const float* best_values = best->values.const_data_ptr<float>();
+      const float* best_steps = best->steps.const_data_ptr<float>();
       for (int64_t j = 0; j < width_; ++j) {
-        values[j * kRowTile + row] = best->values.const_data_ptr<float>()[j * kRowTile + row];
-        steps[j * kRowTile + row] = best->steps.const_data_ptr<float>()[j * kRowTile + row];
+        values[j * kRowTile + row] = best_values[j * kRowTile + row];
+        steps[j * kRowTile + row] = best_steps[j * kRowTile + row];
       }
     }
     if (any)

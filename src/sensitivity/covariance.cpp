@@ -76,42 +76,46 @@ void Covariance::add(const at::Tensor& x, const at::Tensor& weights) {
   }
 }
 
-at::Tensor Covariance::take() {
-  // In squares, so that what is transposed stays in cache; below the diagonal stands what nobody asked for.
-  constexpr int64_t kSquare = 256;
-  const int64_t n_channels = upper_.size(0);
-  for (int64_t begin = 0; begin < n_channels; begin += kSquare) {
-    const int64_t end = std::min(begin + kSquare, n_channels);
-    at::Tensor rows = upper_.slice(0, begin, end);
-    for (int64_t left = 0; left < begin; left += kSquare)
-      rows.slice(1, left, left + kSquare)
-          .copy_(upper_.slice(0, left, left + kSquare).slice(1, begin, end).t());
-    at::Tensor square = rows.slice(1, begin, end);
-    square.copy_(square.triu() + square.triu(1).t());
-  }
+at::Tensor Covariance::take_upper() {
   return std::move(upper_);
 }
 
+at::Tensor mirrored(at::Tensor upper) {
+  // In squares, so that what is transposed stays in cache.
+  constexpr int64_t kSquare = 256;
+  const int64_t n_channels = upper.size(0);
+  for (int64_t begin = 0; begin < n_channels; begin += kSquare) {
+    const int64_t end = std::min(begin + kSquare, n_channels);
+    at::Tensor rows = upper.slice(0, begin, end);
+    for (int64_t left = 0; left < begin; left += kSquare)
+      rows.slice(1, left, left + kSquare)
+          .copy_(upper.slice(0, left, left + kSquare).slice(1, begin, end).t());
+    at::Tensor square = rows.slice(1, begin, end);
+    square.copy_(square.triu() + square.triu(1).t());
+  }
+  return upper;
+}
+
 CovariancePanels::CovariancePanels(std::vector<Range> columns, c10::Device device)
-    : columns_(std::move(columns)), device_(device) {
+    : columns_(std::move(columns)), device_(device), has_kernel_(true) {
+  for (size_t p = 0; p < columns_.size(); ++p) {
+    ISOBATH_CHECK(p == 0 || columns_[p].begin == columns_[p - 1].end,
+                  "panels that do not stand side by side");
+    has_kernel_ &= columns_[p].begin % kernels::kGramAlignment == 0;
+  }
   (void)take();
 }
 
 void CovariancePanels::add(const at::Tensor& x, const at::Tensor& weights) {
-  int64_t end = 0;
-  for (const Range& columns : columns_) end = std::max(end, columns.end);
+  const int64_t end = columns_.back().end;
   check_inputs(x, weights, x.size(-1) >= end, end);
   if (x.size(0) == 0) return;
   const c10::NoGradGuard no_grad;
-  const at::Tensor roots = roots_of(weights);
-  at::Tensor weighted;
-  for (size_t p = 0; p < columns_.size(); ++p) {
-    const Range columns = columns_[p];
-    const bool has_kernel = kernels::has_gram(x) && columns.begin % kernels::kGramAlignment == 0;
-    if (has_kernel && kernels::add_gram_panel(panels_[p], columns.begin, x, roots)) continue;
-    if (!weighted.defined()) weighted = weighted_rows(x.slice(1, 0, end), weights);
-    add_panel(panels_[p], weighted, columns);
-  }
+  if (has_kernel_ && kernels::has_gram(x) &&
+      kernels::add_gram_panels(panels_, columns_.front().begin, x, roots_of(weights)))
+    return;
+  const at::Tensor weighted = weighted_rows(x.slice(1, 0, end), weights);
+  for (size_t p = 0; p < columns_.size(); ++p) add_panel(panels_[p], weighted, columns_[p]);
 }
 
 std::vector<at::Tensor> CovariancePanels::take() {

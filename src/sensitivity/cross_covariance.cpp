@@ -13,6 +13,10 @@ CrossCovariance::CrossCovariance(int64_t n_channels, c10::Device device)
 
 CrossCovariance::CrossCovariance(int64_t n_channels, std::vector<Range> columns, c10::Device device)
     : n_channels_(n_channels), columns_(std::move(columns)), device_(device) {
+  for (size_t p = 1; p < columns_.size(); ++p) {
+    ISOBATH_CHECK(columns_[p].begin == columns_[p - 1].end, "panels that do not stand side by side");
+    has_kernel_ &= columns_[p - 1].size() % kernels::kGramAlignment == 0;
+  }
   (void)take();
 }
 
@@ -50,16 +54,14 @@ void CrossCovariance::add(const at::Tensor& x, const at::Tensor& original, const
         "non-finite weighted deviation in row {}; check the calibration sequence at that row",
         row);
   }
-  const bool has_kernel = kernels::has_gram(x);
+  const bool has_kernel = has_kernel_ && kernels::has_gram(x);
   const at::Tensor rounded_deviation = has_kernel ? deviation.to(x.scalar_type()) : deviation,
                    rounded = has_kernel ? input.to(x.scalar_type()) : input;
-  for (size_t p = 0; p < columns_.size(); ++p) {
-    const Range columns = columns_[p];
-    if (has_kernel &&
-        kernels::add_product(sums_[p], rounded_deviation, rounded.slice(1, columns.begin, columns.end)))
-      continue;
-    sums_[p].addmm_(deviation.t(), input.slice(1, columns.begin, columns.end));
-  }
+  if (has_kernel && kernels::add_product(sums_, rounded_deviation,
+                                         rounded.slice(1, columns_.front().begin, columns_.back().end)))
+    return;
+  for (size_t p = 0; p < columns_.size(); ++p)
+    sums_[p].addmm_(deviation.t(), input.slice(1, columns_[p].begin, columns_[p].end));
 }
 
 at::Tensor cross_covariance_reference(const at::Tensor& x, const at::Tensor& original,

@@ -1,5 +1,8 @@
 // Jobs that end badly on purpose, checked from outside by expect_failing_job.cmake.
+#include <ATen/ATen.h>
+
 #include <chrono>
+#include <csignal>
 #include <cstring>
 #include <ctime>
 #include <isobath/comm/runtime.hpp>
@@ -13,14 +16,29 @@ using isobath::comm::Communicator;
 using isobath::comm::Watchdog;
 
 constexpr std::chrono::seconds kWaitLimit{2};
-constexpr std::chrono::seconds kForever{40};
 
-/// Rank 1 never arrives; the watchdog of the others has to end the job.
-void sleep_on_rank_1(const Communicator& world) {
+/// Rank 1 stands still and never arrives; the watchdog of the others has to end the job.
+void stop_rank_1(const Communicator& world) {
   Watchdog::configure(kWaitLimit);
   Watchdog::set_activity("quantize, block 12");
-  if (world.rank() == 1) std::this_thread::sleep_for(kForever);
+  if (world.rank() == 1) std::raise(SIGSTOP);
   world.barrier();
+}
+
+/// Rank 1 arrives long after the limit, but it works: no failure.
+void work_on_rank_1(const Communicator& world) {
+  Watchdog::configure(kWaitLimit);
+  Watchdog::set_activity("quantize, block 12");
+  if (world.rank() == 1) std::this_thread::sleep_for(3 * kWaitLimit);
+  world.barrier();
+  if (world.rank() == 0) isobath::log::info("all arrived");
+}
+
+/// Every rank waits for what nobody sends.
+void wait_for_each_other(const Communicator& world) {
+  Watchdog::configure(kWaitLimit);
+  at::Tensor message = at::zeros({1});
+  world.receive(message, (world.rank() + 1) % world.size(), 0);
 }
 
 /// Rank 2 fails alone; the others wait for it.
@@ -59,7 +77,9 @@ int run(int argc, char** argv) {
   // at issue.
   world.barrier();
   if (world.rank() == 0) isobath::log::info("failure begins at {}", std::time(nullptr));
-  if (std::strcmp(job, "sleeping_rank") == 0) sleep_on_rank_1(world);
+  if (std::strcmp(job, "stopped_rank") == 0) stop_rank_1(world);
+  if (std::strcmp(job, "working_rank") == 0) work_on_rank_1(world);
+  if (std::strcmp(job, "deadlock") == 0) wait_for_each_other(world);
   if (std::strcmp(job, "abort") == 0) abort_on_rank_2(runtime);
   if (std::strcmp(job, "unwinding") == 0) throw_on_rank_1(world);
   if (std::strcmp(job, "agreed") == 0) return end_by_agreement(world);

@@ -26,7 +26,7 @@ TEST_P(DeviceGram, AddsTheUpperTriangleOfRoundedProducts) {
       const at::Tensor x = random({n, d}), roots = at::rand({n});
       for (const at::Tensor& weights : {at::Tensor(), roots}) {
         at::Tensor upper = at::ones({d, d});
-        ASSERT_TRUE(device::add_gram_panel(upper, 0, x, weights));
+        ASSERT_TRUE(device::add_gram_panels({&upper, 1}, 0, x, weights));
         EXPECT_LT(relative(at::triu(upper), at::triu(literal_gram(x, weights) + 1.0)), kSumTolerance)
             << d << " " << n;
       }
@@ -38,10 +38,10 @@ TEST_P(DeviceGram, GivesTheSameBitsInPanels) {
   constexpr int64_t kChannels = 330;
   const at::Tensor x = random({290, kChannels}), roots = at::rand({290});
   at::Tensor whole = at::ones({kChannels, kChannels});
-  ASSERT_TRUE(device::add_gram_panel(whole, 0, x, roots));
+  ASSERT_TRUE(device::add_gram_panels({&whole, 1}, 0, x, roots));
   for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{0, 48}, {48, 240}, {240, 329}, {144, 330}}) {
     at::Tensor panel = at::ones({end, end - begin});
-    ASSERT_TRUE(device::add_gram_panel(panel, begin, x, roots));
+    ASSERT_TRUE(device::add_gram_panels({&panel, 1}, begin, x, roots));
     const at::Tensor expected = whole.slice(0, 0, end).slice(1, begin, end);
     EXPECT_TRUE(at::equal(at::triu(panel, -begin), at::triu(expected, -begin))) << begin << " " << end;
   }
@@ -51,7 +51,7 @@ TEST_P(DeviceGram, TakesRowsOfAWiderMatrix) {
   at::manual_seed(9);
   const at::Tensor x = random({70, 96}).slice(1, 3, 80);
   at::Tensor upper = at::zeros({77, 77});
-  ASSERT_TRUE(device::add_gram_panel(upper, 0, x, {}));
+  ASSERT_TRUE(device::add_gram_panels({&upper, 1}, 0, x, {}));
   EXPECT_LT(relative(at::triu(upper), at::triu(literal_gram(x, {}))), kSumTolerance);
 }
 
@@ -60,8 +60,12 @@ TEST_P(DeviceGram, AddsProductsOfTwoMatrices) {
   for (const int64_t d : {3, 130}) {
     const at::Tensor a = random({300, d}), b = random({300, d});
     at::Tensor sum = at::ones({d, d});
-    ASSERT_TRUE(device::add_product(sum, a, b));
+    ASSERT_TRUE(device::add_product({&sum, 1}, a, b));
     EXPECT_LT(relative(sum, a.to(at::kDouble).t().mm(b.to(at::kDouble)) + 1.0), kSumTolerance) << d;
+    if (d <= 48) continue;
+    std::vector<at::Tensor> panels{at::ones({d, 48}), at::ones({d, d - 48})};
+    ASSERT_TRUE(device::add_product(panels, a, b));
+    EXPECT_TRUE(at::equal(at::cat(panels, 1), sum)) << d;
   }
 }
 
@@ -70,14 +74,14 @@ TEST_P(DeviceGram, RefusesWhatIsNotFiniteAndLeavesTheSumAlone) {
     at::Tensor x = at::ones({9, 60}).to(GetParam());
     x[7][50] = bad;
     at::Tensor upper = at::zeros({60, 60}), roots = at::ones({9});
-    EXPECT_FALSE(device::add_gram_panel(upper, 0, x, {}));
-    EXPECT_FALSE(device::add_gram_panel(upper, 0, x, roots));
-    EXPECT_FALSE(device::add_product(upper, at::ones_like(x), x));
+    EXPECT_FALSE(device::add_gram_panels({&upper, 1}, 0, x, {}));
+    EXPECT_FALSE(device::add_gram_panels({&upper, 1}, 0, x, roots));
+    EXPECT_FALSE(device::add_product({&upper, 1}, at::ones_like(x), x));
     EXPECT_EQ(upper.abs().max().item<float>(), 0.0F);
     at::Tensor panel = at::zeros({48, 48});
-    EXPECT_TRUE(device::add_gram_panel(panel, 0, x, {}));  // the bad channel comes later
-    roots[7] = 0;                                          // a row without weight may hold anything
-    EXPECT_TRUE(device::add_gram_panel(upper, 0, x, roots));
+    EXPECT_TRUE(device::add_gram_panels({&panel, 1}, 0, x, {}));  // the bad channel comes later
+    roots[7] = 0;                                                 // a row without weight may hold anything
+    EXPECT_TRUE(device::add_gram_panels({&upper, 1}, 0, x, roots));
     EXPECT_EQ(upper[0][0].item<float>(), 8.0F);
   }
 }
@@ -85,10 +89,10 @@ TEST_P(DeviceGram, RefusesWhatIsNotFiniteAndLeavesTheSumAlone) {
 TEST(DeviceGramRange, LeavesSumsThatMightOverflowToTheCaller) {
   at::Tensor x = at::ones({9, 60}), upper = at::zeros({60, 60});
   x[3][3] = 1e20F;
-  EXPECT_FALSE(device::add_gram_panel(upper, 0, x, {}));
+  EXPECT_FALSE(device::add_gram_panels({&upper, 1}, 0, x, {}));
   // Rounding to bf16 may overflow, too.
   EXPECT_FALSE(
-      device::add_gram_panel(upper, 0, at::ones({9, 60}, at::kBFloat16) * 3e38F, at::full({9}, 1.2F)));
+      device::add_gram_panels({&upper, 1}, 0, at::ones({9, 60}, at::kBFloat16) * 3e38F, at::full({9}, 1.2F)));
   EXPECT_EQ(upper.abs().max().item<float>(), 0.0F);
 }
 

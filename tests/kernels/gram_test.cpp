@@ -43,10 +43,18 @@ TEST_P(Gram, GivesTheSameBitsInPanels) {
   ASSERT_TRUE(add_gram(whole, x, roots));
   for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{0, 48}, {48, 240}, {240, 399}, {144, 400}}) {
     at::Tensor panel = at::ones({end, end - begin});
-    ASSERT_TRUE(add_gram_panel(panel, begin, x, roots));
+    ASSERT_TRUE(add_gram_panels({&panel, 1}, begin, x, roots));
     const at::Tensor expected = whole.slice(0, 0, end).slice(1, begin, end);
     // Element (i, j) stands on or above the diagonal where i <= begin + j.
     EXPECT_TRUE(at::equal(at::triu(panel, -begin), at::triu(expected, -begin))) << begin << " " << end;
+  }
+  // Side by side, in one call.
+  std::vector<at::Tensor> panels{at::ones({144, 96}), at::ones({240, 96}), at::ones({399, 159})};
+  ASSERT_TRUE(add_gram_panels(panels, 48, x, roots));
+  for (const at::Tensor& panel : panels) {
+    const int64_t end = panel.size(0), begin = end - panel.size(1);
+    const at::Tensor expected = whole.slice(0, 0, end).slice(1, begin, end);
+    EXPECT_TRUE(at::equal(at::triu(panel, -begin), at::triu(expected, -begin))) << begin;
   }
 }
 
@@ -56,7 +64,7 @@ TEST_P(Gram, GivesTheSameBitsWhenTokensComeInChunks) {
   const at::Tensor x = random({1300, 3400});
   at::Tensor part = at::zeros({48, 48}), all = at::zeros({3400, 3400});
   ASSERT_TRUE(add_gram(all, x, {}));
-  ASSERT_TRUE(add_gram_panel(part, 0, x, {}));
+  ASSERT_TRUE(add_gram_panels({&part, 1}, 0, x, {}));
   EXPECT_TRUE(at::equal(at::triu(part), at::triu(all.slice(0, 0, 48).slice(1, 0, 48))));
   EXPECT_LT(relative(part.triu(), literal_gram(x.slice(1, 0, 48), {}).triu()), kSumTolerance);
 }
@@ -70,6 +78,10 @@ TEST_P(Gram, AddsProductsOfTwoMatrices) {
     at::Tensor sum = at::ones({d, w});
     ASSERT_TRUE(add_product(sum, a, b));
     EXPECT_LT(relative(sum, a.to(at::kDouble).t().mm(b.to(at::kDouble)) + 1.0), kSumTolerance) << d;
+    if (w <= 48) continue;
+    std::vector<at::Tensor> panels{at::ones({d, 48}), at::ones({d, w - 48})};
+    ASSERT_TRUE(add_product(panels, a, b));
+    EXPECT_TRUE(at::equal(at::cat(panels, 1), sum)) << d;
   }
 }
 
@@ -95,8 +107,8 @@ TEST_P(Gram, RefusesWhatIsNotFiniteAndLeavesTheSumAlone) {
     EXPECT_FALSE(add_gram(upper, x, roots));
     EXPECT_EQ(upper.abs().max().item<float>(), 0.0F);
     at::Tensor panel = at::zeros({48, 48});
-    EXPECT_TRUE(add_gram_panel(panel, 0, x, {}));  // the bad channel comes later
-    roots[7] = 0;                                  // a row without weight may hold anything
+    EXPECT_TRUE(add_gram_panels({&panel, 1}, 0, x, {}));  // the bad channel comes later
+    roots[7] = 0;                                         // a row without weight may hold anything
     EXPECT_TRUE(add_gram(upper, x, roots));
     EXPECT_EQ(upper[0][0].item<float>(), 8.0F);
   }

@@ -5,9 +5,11 @@
 
 namespace isobath::comm {
 
-/// Ends the job when this rank waits for others longer than a limit: a network loss or a stopped peer is
-/// otherwise a silent stall for ever. Armed by every blocking wait of Communicator; names rank, host, stage
-/// of work and operation.
+/// Ends the job when this rank waits for others longer than a limit without a reason: a network loss or a
+/// stopped peer is otherwise a silent stall for ever. Beyond the limit it asks all ranks, whose watchdogs
+/// answer while they compute; the job ends where one is silent or all of them wait, and the wait goes on
+/// where one still works. Under an MPI without MPI_THREAD_MULTIPLE the limit alone decides. Armed by every
+/// blocking wait of Communicator; names rank, host, stage of work, operation and the silent ranks.
 class Watchdog {
  public:
   /// limit of 0 s: off, which ends the watching thread (the state before the first call, and after Runtime).

@@ -1,6 +1,8 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <span>
+
 /// Symmetric and plain products XᵀX and AᵀB of activations [n, d] with f32 sums: bf16 on CPUs with AVX-512
 /// BF16, f32 on CPUs with AVX2, both on CUDA devices. Every sum is made in one order, whatever the threads
 /// and whichever part of the matrix is asked for. Local.
@@ -27,23 +29,27 @@ namespace isobath::kernels {
 ///          on a device n·d numbers of the dtype, and one wait for it.
 [[nodiscard]] bool add_gram(at::Tensor& upper, const at::Tensor& x, const at::Tensor& roots);
 
-/// Divides the first columns of panels for `add_gram_panel`.
+/// Divides the columns at which panels start.
 inline constexpr int64_t kGramAlignment = 48;
 
-/// Columns [begin, begin + w) of the same sum, for matrices too large to hold: panel[i, j] += Σ_n (√D_n x_ni)
-/// (√D_n x_n,begin+j) for i <= begin + j; the rest is unspecified. Gives the bits that `add_gram` gives
-/// there.
+/// Panels of columns of the same sum, side by side from column `begin` on, for matrices too large to hold:
+/// of one that starts at column b, panel[i, j] += Σ_n (√D_n x_ni)(√D_n x_n,b+j) for i <= b + j; the rest is
+/// unspecified. Gives the bits that `add_gram` gives there.
 ///
-/// panel    [begin + w, w] f32, contiguous; begin a multiple of kGramAlignment. x [n, >= begin + w]:
+/// panels   [b + w, w] f32 each, contiguous; every b a multiple of kGramAlignment. x [n, >= the last b + w]:
 ///          later channels are neither read nor checked.
 ///
-/// Cost     n·w·(begin + w/2) multiply-adds, and packing of begin + w channels.
-[[nodiscard]] bool add_gram_panel(at::Tensor& panel, int64_t begin, const at::Tensor& x,
-                                  const at::Tensor& roots);
+/// Cost     n·w·(b + w/2) multiply-adds each, and packing of the last b + w channels.
+[[nodiscard]] bool add_gram_panels(std::span<at::Tensor> panels, int64_t begin, const at::Tensor& x,
+                                   const at::Tensor& roots);
 
 /// sum[i, j] += Σ_n a_ni b_nj for a [n, d], b [n, w] of one dtype and device; sum [d, w] f32 contiguous. f32
 /// sums in a fixed order. Returns false, and adds nothing, on values that `add_gram` refuses. Cost: n·d·w
 /// multiply-adds at the rate of the dtype, twice the scratch of `add_gram`.
 [[nodiscard]] bool add_product(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b);
+
+/// The same where the sum lies in panels [d, w] side by side, each but the last a multiple of kGramAlignment
+/// wide: packs a and b once.
+[[nodiscard]] bool add_product(std::span<at::Tensor> panels, const at::Tensor& a, const at::Tensor& b);
 
 }  // namespace isobath::kernels

@@ -75,10 +75,12 @@ struct Shapes {
 [[nodiscard]] Work head_compare(const Shapes& shapes, double n_tokens);
 
 /// sensitivity::Covariance::add of n rows with d channels: the upper triangle in tiles, n d (d + 48) flops of
-/// the bf16 kernel, or in panels, n d (d + panel) f32 flops.
+/// the kernel and its packing, or in panels, n d (d + panel) f32 flops.
 [[nodiscard]] Work covariance_add(const Shapes& shapes, double n_rows, double d);
-/// Covariance::take and its way to the host, once a logical shard.
+/// A sum's way to the host and the next one's zeros, once a logical shard; the whole matrix from its upper
+/// triangle, once.
 [[nodiscard]] Work covariance_close(double d);
+[[nodiscard]] Work covariance_mirror(double d);
 
 /// sensitivity::CrossCovariance::add: 2 n d² flops, in the covariance's dtype.
 [[nodiscard]] Work cross_covariance_add(const Shapes& shapes, double n_rows, double d);

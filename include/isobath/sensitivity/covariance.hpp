@@ -27,22 +27,25 @@ class Covariance {
   ///          overflow f32 (|x| > 1e19) end in a non-finite H, which the factorization refuses.
   void add(const at::Tensor& x, const at::Tensor& weights);
 
-  /// [d, d] f32, symmetric; in place, so nothing can be added afterwards.
-  [[nodiscard]] at::Tensor take();
+  /// [d, d] f32, of which the upper triangle counts; nothing can be added afterwards.
+  [[nodiscard]] at::Tensor take_upper();
 
  private:
   at::Tensor upper_;
 };
+
+/// The symmetric matrix of such a triangle, in place.
+[[nodiscard]] at::Tensor mirrored(at::Tensor upper);
 
 /// Panels of the upper triangle of such an H, for matrices too wide to stand whole anywhere: columns
 /// [begin, end) and their rows [0, end).
 ///
 /// Memory   the panels, f32, and n·end f32 during a call.
 ///
-/// Cost     n·end·width multiply-adds per panel and call.
+/// Cost     n·end·width multiply-adds per panel and call; x is packed once for all of them.
 class CovariancePanels {
  public:
-  /// columns: of each panel, of one H.
+  /// columns: of each panel of one H, side by side, at least one.
   explicit CovariancePanels(std::vector<Range> columns, c10::Device device = c10::Device(c10::kCPU));
 
   /// As Covariance::add; x may be wider than the last panel's end.
@@ -54,6 +57,7 @@ class CovariancePanels {
  private:
   std::vector<Range> columns_;
   c10::Device device_;
+  bool has_kernel_;  ///< takes panels that start here
   std::vector<at::Tensor> panels_;
 };
 

@@ -18,7 +18,7 @@ namespace isobath::sensitivity {
 class CrossCovariance {
  public:
   explicit CrossCovariance(int64_t n_channels, c10::Device device = c10::Device(c10::kCPU));
-  /// Some columns of it, for matrices too wide to stand whole anywhere.
+  /// Panels of columns side by side, at least one, for matrices too wide to stand whole anywhere.
   CrossCovariance(int64_t n_channels, std::vector<Range> columns, c10::Device device);
 
   /// x [n, d] any float dtype, the input behind the quantized prefix; original [n, d], the input of the same
@@ -36,6 +36,7 @@ class CrossCovariance {
  private:
   int64_t n_channels_;
   std::vector<Range> columns_;
+  bool has_kernel_ = true;  ///< takes panels of these widths
   c10::Device device_;
   std::vector<at::Tensor> sums_;
 };

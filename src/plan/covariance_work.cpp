@@ -1,0 +1,61 @@
+#include <isobath/plan/work.hpp>
+
+namespace isobath::plan {
+namespace {
+
+// Channels of a panel of kernels/gram.cpp.
+constexpr double kGramPanel = 48;
+
+// The next shard's zeros; the lower triangle from the upper one.
+constexpr double kZerosTraffic = 4, kMirrorTraffic = 8;
+// What a kernel packs, in elements of the activations: it reads them and writes two panels.
+constexpr double kPackedElements = 3;
+
+}  // namespace
+
+double panel_width(double d) {
+  return d <= 1024 ? 128 : 256;
+}
+
+Work covariance_add(const Shapes& s, double n_rows, double d) {
+  if (s.has_kernels)
+    return {.covariance_flops = n_rows * d * (d + kGramPanel),
+            .traffic_bytes = n_rows * d * kPackedElements * s.element_bytes,
+            .n_operations = 4};
+  // to f32 e+4, times √D 8, mask 8, finite? 8.
+  return {.f32_flops = n_rows * d * (d + panel_width(d)),
+          .traffic_bytes = n_rows * d * (s.element_bytes + 28),
+          .n_operations = 8 + d / panel_width(d)};
+}
+
+Work covariance_close(double d) {
+  return {.traffic_bytes = kZerosTraffic * d * d, .n_operations = 2, .host_link_bytes = 4 * d * d};
+}
+
+Work covariance_mirror(double d) {
+  return {.host_traffic_bytes = kMirrorTraffic * d * d};
+}
+
+Work cross_covariance_add(const Shapes& s, double n_rows, double d) {
+  const double e = s.element_bytes;
+  // Both inputs to f32 e+4, difference 12, times D 8, two masks 12, finite? 8; to bf16 4+e each for the
+  // kernel, which packs both.
+  const double bytes = 2 * (e + 4) + 40 + (s.has_kernels && e < 4 ? 2 * (4 + e) : 0) +
+                       (s.has_kernels ? 2 * kPackedElements * e : 0),
+               flops = 2 * n_rows * d * d;
+  return {.f32_flops = s.has_kernels ? 0 : flops,
+          .covariance_flops = s.has_kernels ? flops : 0,
+          .traffic_bytes = n_rows * d * bytes,
+          .n_operations = 12};
+}
+
+Work cross_covariance_close(double d) {
+  return {.traffic_bytes = kZerosTraffic * d * d, .n_operations = 2, .host_link_bytes = 4 * d * d};
+}
+
+Work trace_pass(const Shapes& s, double n_rows, double d) {
+  // To f32 e+4, square 8, sum 4.
+  return {.traffic_bytes = n_rows * d * (s.element_bytes + 16), .n_operations = 6};
+}
+
+}  // namespace isobath::plan
