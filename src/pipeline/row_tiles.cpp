@@ -71,7 +71,10 @@ class SetRows::RowTiles {
   /// Where an asymmetric correction is asked for; then panels of C and, for qep, of the ridge factor go to
   /// corrected().
   void begin_correction() {
-    if (share_.solved.size() > 0) corrected_.emplace(weights_of(own_rows()).cpu());
+    if (share_.solved.size() == 0) return;
+    // On the CPU a strip is what one thread keeps in its cache.
+    corrected_.emplace(weights_of(own_rows()).to(session_.device),
+                       session_.device.is_cpu() ? quant::kRowTile : height_);
   }
   [[nodiscard]] std::optional<quant::CorrectedRows>& corrected() { return corrected_; }
 
@@ -83,9 +86,9 @@ class SetRows::RowTiles {
       rounded_.emplace_back(tile, quant::FactoredObjective(std::exchange(difference, {}), unit_.factor));
     differences_.clear();
     if (share_.solved.size() == 0) return;
-    const at::Tensor own = weights_of(own_rows()).cpu();
+    const at::Tensor own = weights_of(own_rows()).to(session_.device);
     target_ = corrected_ ? target_of(own) : own;
-    solver_.emplace(target_.to(session_.device), unit_.factor, matrix_.spec, height_);
+    solver_.emplace(target_, unit_.factor, matrix_.spec, height_);
   }
 
   void advance(const at::Tensor& panel) {
@@ -135,9 +138,9 @@ class SetRows::RowTiles {
       objectives_[tile][1] = objective.value();
       const Range rows = rows_in(tile);
       const int64_t first_row = own_rows().begin;
-      objectives_[tile][2] =
-          quant::asymmetric_objective(objective.value(), difference_of(tile),
-                                      corrected_->products({rows.begin - first_row, rows.end - first_row}));
+      objectives_[tile][2] = quant::asymmetric_objective(
+          objective.value(), difference_of(tile),
+          corrected_->products({rows.begin - first_row, rows.end - first_row}).cpu());
     }
     for (at::Tensor* part : {&matrix_.codes, &matrix_.scale, &matrix_.zero, &objectives_})
       share_disjoint(*part, session_.world());
@@ -161,9 +164,10 @@ class SetRows::RowTiles {
     const double strength = session_.config.quantization.asymmetric.strength;
     if (!unit_.correction.defined()) return corrected_->take_solution().mul_(strength).add_(own);
     // Tile by tile: the bits of a product may depend on its number of rows, which must not be that of a rank.
+    const at::Tensor correction = unit_.correction.to(session_.device);
     std::vector<at::Tensor> tiles;
     for (const at::Tensor& tile : own.split(height_))
-      tiles.push_back(quant::corrected(tile, unit_.correction, strength));
+      tiles.push_back(quant::corrected(tile, correction, strength));
     return at::cat(tiles);
   }
   /// Ŵ − W, 0 in dead columns.
@@ -347,9 +351,9 @@ void SetRows::refine(size_t u) {
   for (auto& [width, modules] : by_width)
     for (int64_t pass = 0; pass <= session_.config.quantization.refinement.sweeps; ++pass)
       for (const Range& columns : quant::refinement_slabs(layout.columns, width)) {
-        at::Tensor rows = share_slab(factor, layout, columns, is_everywhere(), session_.world());
+        const at::Tensor rows = share_slab(factor, layout, columns, is_everywhere(), session_.world());
         const trace::Span span("refine rows");
-        const quant::Slab slab(columns, std::move(rows), factor, pass > 0);
+        const quant::Slab slab(columns, rows.to(session_.device), factor, pass > 0);
         for (RowTiles* module : modules)
           if (std::optional<quant::Refiner>& refiner = module->refiner())
             pass == 0 ? refiner->load(slab) : refiner->sweep(slab);

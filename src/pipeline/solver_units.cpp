@@ -137,8 +137,11 @@ void accumulate(const Session& session, const CalibrationSet& calibration,
   const bool with_cross = session.config.quantization.asymmetric.is_on();
   std::vector<Sums> sums;
   for (size_t u = 0; u < units.size(); ++u)
-    sums.push_back({comm::TreeSum(owners, world.rank()), comm::TreeSum(owners, world.rank()),
-                    sensitivity::Covariance(n_channels, session.device), std::nullopt});
+    sums.push_back(
+        {comm::TreeSum(owners, world.rank()), comm::TreeSum(owners, world.rank()),
+         sensitivity::Covariance(n_channels, session.device),
+         with_cross ? std::optional<sensitivity::CrossCovariance>(std::in_place, n_channels, session.device)
+                    : std::nullopt});
   std::optional<trace::Span> span(std::in_place, "covariance");
   for_each_shard(
       for_each_input,
@@ -149,16 +152,13 @@ void accumulate(const Session& session, const CalibrationSet& calibration,
           if (weights.defined()) weights = weights.to(session.device);
           sums[u].h.add(rows, weights);
           if (!with_cross) continue;
-          if (!sums[u].c) sums[u].c.emplace(n_channels, session.device);
           sums[u].c->add(rows, original.flatten(0, 1), weights);
         }
       },
       [&](int64_t shard) {
         for (Sums& sum : sums) {
           sum.h_tree.add(shard, sum.h.take_upper().cpu());
-          sum.h = sensitivity::Covariance(n_channels, session.device);
           if (with_cross) sum.c_tree.add(shard, sum.c->take().front().cpu());
-          sum.c.reset();
         }
       });
   span.emplace("reduction of H");

@@ -1,6 +1,7 @@
 #include "block_time.hpp"
 
 #include <isobath/quant/row_solver.hpp>
+#include <utility>
 
 #include "network.hpp"
 #include "solver_memory.hpp"
@@ -52,6 +53,15 @@ class BlockTime {
   }
   [[nodiscard]] double local_tokens() const {
     return static_cast<double>(job_.layout.sequences_per_rank) * job_.length();
+  }
+
+  /// Work on rows that stand on devices where there are some: products in f32, and passes over memory. The
+  /// loops over columns are priced as the host's: no device has timed them.
+  [[nodiscard]] Work where_rows_are(Work work) const {
+    if (!job_.cluster.has_devices()) return work;
+    work.f32_flops += std::exchange(work.thin_flops, 0);
+    work.traffic_bytes += std::exchange(work.host_traffic_bytes, 0);
+    return work;
   }
 
   void share_weights() {
@@ -130,16 +140,18 @@ class BlockTime {
       factor_out_ +=
           units * (matrix_s + (is_qep ? (is_everywhere ? 1 : 2) * all_panels_s(4) : matrix_s) +
                    (is_qep && is_spread ? all_panels_s(8) : 0) + (is_everywhere ? 0 : all_panels_s(4)));
+      // C and the panels of the ridge factor to the device, these twice.
+      correction_ += units * time({.host_link_bytes = 4 * d * d + (is_qep ? 8 * panel_entries(d) : 0)});
       correction_ += !is_qep ? mine * time(gptaq_correction(d))
                      : is_spread
                          ? units * time(factorize_spread(d, static_cast<double>(job_.layout.n_ranks())))
                          : mine * time(factorize(d));
     }
     if (!job_.refines()) return;
-    refinement_ += units * time(refine_slabs(d, job_.config.quantization));
-    if (!is_everywhere)
-      factor_out_ +=
-          units * static_cast<double>(1 + job_.config.quantization.refinement.sweeps) * all_panels_s(4);
+    const auto passes = static_cast<double>(1 + job_.config.quantization.refinement.sweeps);
+    refinement_ += units * (time(where_rows_are(refine_slabs(d, job_.config.quantization))) +
+                            time({.host_link_bytes = passes * 4 * panel_entries(d)}));
+    if (!is_everywhere) factor_out_ += units * passes * all_panels_s(4);
   }
 
   void rows(int set) {
@@ -159,8 +171,8 @@ class BlockTime {
         rows_ += time(solve_rows(mine, d, q, height, threads) + Work{.host_link_bytes = element * mine * d});
         codes_ += all_reduce_s(job_, n_rows * d * (1 + (element + 1) / group_columns(d)));
         objective_ += time(score(mine, d, q, threads, job_.is_asymmetric()));
-        if (job_.refines()) refinement_ += time(refine_rows(mine, d, q, threads));
-        if (job_.is_asymmetric()) correction_ += time(correct_rows(mine, d));
+        if (job_.refines()) refinement_ += time(where_rows_are(refine_rows(mine, d, q, threads)));
+        if (job_.is_asymmetric()) correction_ += time(where_rows_are(correct_rows(mine, d)));
       } else {
         // Every rank rounds all rows; H is the identity.
         rows_ +=

@@ -61,11 +61,16 @@ RowMemory row_memory(const Job& job, int set, double d) {
   const double slab = job.refines() ? slab_columns(d, quantization) : 0, slab_bytes = 4 * slab * (d + slab),
                refining = job.refines() ? (kHeld + 1 + corrected) * weights + slab_bytes : 0;
   if (!job.cluster.has_devices()) return {.host = std::max((kHeld + corrected) * weights, refining)};
-  // DeviceLoop starts from a copy of the rows, which stay on the host: in f32, transposed, and with dead
-  // channels cleared, where codes are not there yet. Then panels of the factor come, one at a time.
-  const double starting = e + (e < 4 ? 4 : 0) + 8;
-  return {.host = e * weights + std::max(corrected * weights, refining),
-          .device = kHeld * weights + (starting - kHeld) * largest + 4 * std::min(d, panel_columns()) * d};
+  // The rows, or W C and the target in f32, are there all the time. DeviceLoop starts from copies, where
+  // codes are not there yet: in f32, transposed, and with dead channels cleared; then panels of the factor
+  // come, one at a time. A refinement has a slab and its transpose, and of its columns five copies of all
+  // rows. Back come codes and, to judge what was corrected, differences in f32.
+  const double target = job.is_asymmetric() ? corrected : e, starting = (e < 4 ? 4 : 0) + 8;
+  const double in_work =
+      std::max((starting - kHeld) * largest + 4 * std::min(d, panel_columns()) * d,
+               job.refines() ? 4 * slab * (2 * d + slab) + 5 * 4 * slab * weights / d : 0.0);
+  return {.host = (job.is_asymmetric() ? 4 : 1) * weights + 4 * slab * d,
+          .device = (target + kHeld) * weights + in_work};
 }
 
 SolverMemory whole_memory(const Job& job, int set, double d) {

@@ -4,7 +4,6 @@
 #include <ATen/Parallel.h>
 
 #include <isobath/core/error.hpp>
-#include <isobath/quant/row_solver.hpp>
 
 namespace isobath::quant {
 
@@ -21,35 +20,45 @@ void check_ridge(const Factor& factor) {
         factor.damping * factor.mean);
 }
 
-CorrectedRows::CorrectedRows(const at::Tensor& w) : n_rows_(w.size(0)) {
-  for (int64_t row = 0; row < n_rows_; row += kRowTile) {
-    const int64_t n = std::min(kRowTile, n_rows_ - row);
+CorrectedRows::CorrectedRows(const at::Tensor& w, int64_t strip_rows)
+    : n_rows_(w.size(0)), strip_rows_(strip_rows), device_(w.device()) {
+  ISOBATH_CHECK(strip_rows > 0 && strip_rows % kRowTile == 0, "strips of {} rows", strip_rows);
+  const at::TensorOptions options = at::TensorOptions(at::kFloat).device(device_);
+  for (int64_t row = 0; row < n_rows_; row += strip_rows) {
+    const int64_t n = std::min(strip_rows, n_rows_ - row);
     // Missing rows are zeros, so that every strip runs the same operations on the same shapes.
-    weights_.push_back(at::zeros({w.size(1), kRowTile}, at::kFloat));
+    weights_.push_back(at::zeros({w.size(1), strip_rows}, options));
     weights_.back().slice(1, 0, n).copy_(w.slice(0, row, row + n).t());
-    products_.push_back(at::empty({w.size(1), kRowTile}, at::kFloat));
+    products_.push_back(at::empty({w.size(1), strip_rows}, options));
   }
 }
 
 template <class Visit>
 void CorrectedRows::for_each_strip(const Visit& visit) {
-  at::parallel_for(0, std::ssize(products_), 1, [&](int64_t begin, int64_t end) {
+  const auto some = [&](int64_t begin, int64_t end) {
     for (int64_t strip = begin; strip < end; ++strip) visit(static_cast<size_t>(strip));
-  });
+  };
+  // A device has one queue of work.
+  if (device_.is_cpu())
+    at::parallel_for(0, std::ssize(products_), 1, some);
+  else
+    some(0, std::ssize(products_));
 }
 
 void CorrectedRows::multiply(const at::Tensor& c, Range columns) {
+  const at::Tensor own = c.to(device_);
   for_each_strip([&](size_t strip) {
     at::Tensor product = products_[strip].slice(0, columns.begin, columns.end);
-    at::mm_out(product, c.t(), weights_[strip]);
+    at::mm_out(product, own.t(), weights_[strip]);
   });
 }
 
-void CorrectedRows::substitute_back(const at::Tensor& panel) {
+void CorrectedRows::substitute_back(const at::Tensor& factor_panel) {
   if (solution_.empty()) {
     weights_.clear();
     for (const at::Tensor& product : products_) solution_.push_back(product.clone());
   }
+  const at::Tensor panel = factor_panel.to(device_);
   const int64_t end = panel.size(0), begin = end - panel.size(1);
   for_each_strip([&](size_t strip) {
     at::Tensor own = solution_[strip].slice(0, begin, end);
@@ -59,9 +68,10 @@ void CorrectedRows::substitute_back(const at::Tensor& panel) {
   });
 }
 
-void CorrectedRows::substitute_forward(const at::Tensor& panel, const at::Tensor& curvature) {
+void CorrectedRows::substitute_forward(const at::Tensor& factor_panel, const at::Tensor& curvature) {
+  const at::Tensor panel = factor_panel.to(device_);
   const int64_t end = panel.size(0), begin = end - panel.size(1);
-  const at::Tensor divisor = curvature.slice(0, begin, end).to(at::kFloat).unsqueeze(1);
+  const at::Tensor divisor = curvature.slice(0, begin, end).to(device_, at::kFloat).unsqueeze(1);
   for_each_strip([&](size_t strip) {
     at::Tensor own = solution_[strip].slice(0, begin, end);
     own.div_(divisor);
@@ -72,17 +82,18 @@ void CorrectedRows::substitute_forward(const at::Tensor& panel, const at::Tensor
 }
 
 static at::Tensor joined(const std::vector<at::Tensor>& strips, Range rows) {
-  at::Tensor whole = at::empty({rows.size(), strips.front().size(0)}, at::kFloat);
-  for (int64_t row = rows.begin; row < rows.end; row += kRowTile) {
-    const int64_t n = std::min(kRowTile, rows.end - row);
+  const int64_t height = strips.front().size(1);
+  at::Tensor whole = at::empty({rows.size(), strips.front().size(0)}, strips.front().options());
+  for (int64_t row = rows.begin; row < rows.end; row += height) {
+    const int64_t n = std::min(height, rows.end - row);
     whole.slice(0, row - rows.begin, row - rows.begin + n)
-        .copy_(strips[static_cast<size_t>(row / kRowTile)].slice(1, 0, n).t());
+        .copy_(strips[static_cast<size_t>(row / height)].slice(1, 0, n).t());
   }
   return whole;
 }
 
 at::Tensor CorrectedRows::products(Range rows) const {
-  ISOBATH_CHECK(rows.begin % kRowTile == 0, "rows from {} on", rows.begin);
+  ISOBATH_CHECK(rows.begin % strip_rows_ == 0, "rows from {} on", rows.begin);
   return joined(products_, rows);
 }
 

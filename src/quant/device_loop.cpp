@@ -7,32 +7,12 @@
 #include <isobath/quant/solver.hpp>
 
 #include "candidates.hpp"
-#include "storage.hpp"
+#include "device_rules.hpp"
 
 namespace isobath::quant {
 namespace {
 
 static_assert(cuda::kBlockColumns == kBlock);
-
-cuda::GridRules rules_of(const GridSpec& spec, const at::Tensor& factors) {
-  const StorageFormat format = storage_format(spec.storage);
-  return {.format = {.dropped_bits = format.dropped_bits,
-                     .bias = format.bias,
-                     .odd = format.odd,
-                     .mask = format.mask,
-                     .subnormal_below = format.subnormal_below,
-                     .smallest = format.smallest,
-                     .largest = format.largest},
-          .bits = spec.bits,
-          .is_symmetric = spec.symmetric,
-          .is_searched = spec.clip_search,
-          .smallest_searched = kSmallestSearched,
-          .largest_searched = kLargestSearched,
-          .n_refinements = kRefinements,
-          .max_zeros = kMaxZeros,
-          .factors = factors.const_data_ptr<float>(),
-          .n_factors = static_cast<int>(factors.numel())};
-}
 
 /// Importances as a fit takes them: relative to the largest of the group.
 at::Tensor relative_in_groups(const at::Tensor& importance, int64_t width) {
@@ -52,7 +32,7 @@ DeviceLoop::DeviceLoop(const at::Tensor& w, const Factor& factor, const GridSpec
       largest_curvature_(factor.curvature.max().item<double>()),
       added_(factor.damping * factor.mean),
       factors_(at::tensor(shrink_factors(spec)).to(device_)),
-      rules_(rules_of(spec, factors_)),
+      rules_(device_rules(spec, factors_)),
       order_(factor.order.to(device_)),
       importance_(relative_in_groups(remaining_curvature(factor), blocks_.width).to(device_)),
       curvature_((factor.curvature / largest_curvature_).to(at::kFloat).to(device_)) {

@@ -1,6 +1,6 @@
 #include <isobath/core/error.hpp>
 
-#include "cuda/columns.hpp"
+#include "cuda/refine.hpp"
 
 namespace isobath::quant::cuda {
 
@@ -15,6 +15,12 @@ int settle_columns(const Block&, int, int, float*, float*, Stream) {
   no_device();
 }
 int solve_columns(const Block&, int, int, const GridRules&, Grids, const Rounded&, Stream) {
+  no_device();
+}
+int refine_codes(const RefinedColumns&, const int64_t*, int64_t, const GridRules&, Grids, Stream) {
+  no_device();
+}
+int refine_grid(const RefinedColumns&, const float*, const GridRules&, Grids, Stream) {
   no_device();
 }
 

@@ -8,19 +8,22 @@
 #include <utility>
 
 #include "column_loop.hpp"
+#include "device_refiner.hpp"
 #include "refine_column.hpp"
 #include "tile_grids.hpp"
 
 namespace isobath::quant {
 
+namespace {
+
 /// One slab of one strip: codes (as steps from the zero point), stored values and gradient transposed,
 /// [width, kRowTile], so that all rows advance together in vector lanes. Missing rows are zeros.
-class Refiner::Work {
+class Work {
  public:
-  Work(const Slab& slab, const Refiner& refiner)
+  Work(const Slab& slab, const Factor& factor, const GridSpec& spec)
       : slab_(slab),
-        factor_(refiner.factor_),
-        spec_(refiner.matrix_.spec),
+        factor_(factor),
+        spec_(spec),
         format_(storage_format(spec_.storage)),
         n_columns_(factor_.n_columns()),
         n_slab_(slab.columns.size()),
@@ -238,86 +241,131 @@ class Refiner::Work {
   at::Tensor block_gradient_, changes_;  ///< of the columns of one block
 };
 
+}  // namespace
+
+/// The strips of rows on the CPU.
+class Refiner::Host {
+ public:
+  Host(const QuantizedMatrix& start, const at::Tensor& target, const Factor& factor)
+      : target_(target),
+        factor_(factor),
+        matrix_{start.spec, start.codes.clone(at::MemoryFormat::Contiguous),
+                start.scale.to(at::kFloat).clone(at::MemoryFormat::Contiguous),
+                start.zero.clone(at::MemoryFormat::Contiguous)} {
+    for (int64_t row = 0; row < target.size(0); row += kRowTile)
+      strips_.push_back({.errors = at::zeros({target.size(1), kRowTile}, at::kFloat)});
+  }
+
+  void load(const Slab& slab) {
+    for_each_strip(slab, [&](const Work& work, Strip& strip, Range rows) {
+      work.add_difference(target_, rows, strip.errors);
+    });
+  }
+
+  void sweep(const Slab& slab) {
+    for_each_strip(slab, [&](Work& work, Strip& strip, Range rows) {
+      if (work.refine(strip.errors)) {
+        work.write(matrix_, rows);
+        strip.has_moved = true;
+      }
+      if (slab.columns.end < factor_.n_columns()) return;
+      strip.is_settled = !std::exchange(strip.has_moved, false);
+    });
+  }
+
+  /// Σ ‖E‖²/mean of the rows of a tile, which starts a strip.
+  [[nodiscard]] double squares(Range rows) const {
+    double sum = 0;
+    for (int64_t row = rows.begin; row < rows.end; row += kRowTile)
+      sum += strips_[static_cast<size_t>(row / kRowTile)].errors.square().sum(at::kDouble).item<double>();
+    return sum;
+  }
+  /// Scales in f32.
+  [[nodiscard]] const QuantizedMatrix& matrix() const { return matrix_; }
+
+ private:
+  struct Strip {
+    at::Tensor errors;  ///< [C, kRowTile] f32: Eᵀ/√mean, in the factor's column order
+    bool has_moved = false, is_settled = false;
+  };
+
+  template <class Visit>
+  void for_each_strip(const Slab& slab, const Visit& visit) {
+    at::parallel_for(0, std::ssize(strips_), 1, [&](int64_t first, int64_t last) {
+      Work work(slab, factor_, matrix_.spec);
+      for (int64_t index = first; index < last; ++index) {
+        Strip& strip = strips_[static_cast<size_t>(index)];
+        if (strip.is_settled) continue;
+        const Range rows{index * kRowTile, std::min(target_.size(0), (index + 1) * kRowTile)};
+        work.read(matrix_, rows);
+        visit(work, strip, rows);
+      }
+    });
+  }
+
+  at::Tensor target_;
+  const Factor& factor_;
+  QuantizedMatrix matrix_;
+  std::vector<Strip> strips_;
+};
+
 Refiner::Refiner(const QuantizedMatrix& start, const at::Tensor& target, const Factor& factor)
-    : target_(target),
-      factor_(factor),
-      matrix_{start.spec, start.codes.clone(at::MemoryFormat::Contiguous),
-              start.scale.to(at::kFloat).clone(at::MemoryFormat::Contiguous),
-              start.zero.clone(at::MemoryFormat::Contiguous)} {
-  ISOBATH_CHECK(target.dim() == 2 && target.is_floating_point() && target.is_cpu(),
-                "the target of a refinement must be [R, C] floats on the CPU");
+    : target_(target), factor_(factor) {
+  ISOBATH_CHECK(target.dim() == 2 && target.is_floating_point(),
+                "the target of a refinement must be [R, C] floats");
   ISOBATH_CHECK(start.codes.sizes() == target.sizes(), "codes [{}, {}] for a target [{}, {}]",
                 start.codes.size(0), start.codes.size(1), target.size(0), target.size(1));
   ISOBATH_CHECK(factor.n_columns() == target.size(1), "a factor of {} columns for a target of {}",
                 factor.n_columns(), target.size(1));
-  for (int64_t row = 0; row < target.size(0); row += kRowTile)
-    strips_.push_back({.errors = at::zeros({target.size(1), kRowTile}, at::kFloat)});
+  if (target.is_cpu())
+    host_ = std::make_unique<Host>(start, target, factor);
+  else
+    device_ = std::make_unique<DeviceRefiner>(start, target, factor);
 }
-
-Range Refiner::rows_of(int64_t strip) const {
-  return {strip * kRowTile, std::min(target_.size(0), (strip + 1) * kRowTile)};
-}
-
-template <class Visit>
-void Refiner::for_each_strip(const Slab& slab, const Visit& visit) {
-  at::parallel_for(0, std::ssize(strips_), 1, [&](int64_t first, int64_t last) {
-    Work work(slab, *this);
-    for (int64_t index = first; index < last; ++index) {
-      Strip& strip = strips_[static_cast<size_t>(index)];
-      if (strip.is_settled) continue;
-      work.read(matrix_, rows_of(index));
-      visit(work, strip, rows_of(index));
-    }
-  });
-}
+Refiner::~Refiner() = default;
+Refiner::Refiner(Refiner&&) noexcept = default;
 
 void Refiner::load(const Slab& slab) {
-  for_each_strip(slab, [&](const Work& work, Strip& strip, Range rows) {
-    work.add_difference(target_, rows, strip.errors);
-  });
+  device_ ? device_->load(slab) : host_->load(slab);
 }
-
 void Refiner::sweep(const Slab& slab) {
-  for_each_strip(slab, [&](Work& work, Strip& strip, Range rows) {
-    if (work.refine(strip.errors)) {
-      work.write(matrix_, rows);
-      strip.has_moved = true;
-    }
-    if (slab.columns.end < factor_.n_columns()) return;
-    strip.is_settled = !std::exchange(strip.has_moved, false);
-  });
+  device_ ? device_->sweep(slab) : host_->sweep(slab);
 }
 
 at::Tensor Refiner::objectives(int64_t tile_rows) const {
   ISOBATH_CHECK(tile_rows % kRowTile == 0, "tiles of {} rows", tile_rows);
   const int64_t n_rows = target_.size(0);
   at::Tensor values = at::zeros({(n_rows + tile_rows - 1) / tile_rows}, at::kDouble);
-  QuantizedMatrix stored = matrix_;
+  QuantizedMatrix stored = matrix();
   stored.scale = stored.scale.to(stored.spec.storage);
+  const auto squares_of = [&](Range rows) {
+    return device_ ? device_->errors(rows).square().sum(at::kDouble).item<double>() : host_->squares(rows);
+  };
   at::parallel_for(0, values.size(0), 1, [&](int64_t first, int64_t last) {
     for (int64_t tile = first; tile < last; ++tile) {
       const Range rows{tile * tile_rows, std::min(n_rows, (tile + 1) * tile_rows)};
-      double squares = 0;
-      for (int64_t row = rows.begin; row < rows.end; row += kRowTile)
-        squares +=
-            strips_[static_cast<size_t>(row / kRowTile)].errors.square().sum(at::kDouble).item<double>();
       const QuantizedMatrix part{stored.spec, stored.codes.slice(0, rows.begin, rows.end),
                                  stored.scale.slice(0, rows.begin, rows.end),
                                  stored.zero.slice(0, rows.begin, rows.end)};
       at::Tensor difference =
-          dequantize(part).to(at::kFloat) - target_.slice(0, rows.begin, rows.end).to(at::kFloat);
+          dequantize(part).to(at::kFloat) - target_.slice(0, rows.begin, rows.end).to(at::kCPU, at::kFloat);
       difference.masked_fill_(factor_.dead, 0);
       const double norm = difference.square().sum(at::kDouble).item<double>();
       values.mutable_data_ptr<double>()[tile] =
-          std::max(0.0, 0.5 * factor_.mean * (squares - factor_.damping * norm));
+          std::max(0.0, 0.5 * factor_.mean * (squares_of(rows) - factor_.damping * norm));
     }
   });
   return values;
 }
 
+QuantizedMatrix Refiner::matrix() const {
+  return device_ ? device_->matrix() : host_->matrix();
+}
+
 QuantizedMatrix Refiner::take() {
-  matrix_.scale = matrix_.scale.to(matrix_.spec.storage);
-  return std::move(matrix_);
+  QuantizedMatrix taken = matrix();
+  taken.scale = taken.scale.to(taken.spec.storage);
+  return taken;
 }
 
 QuantizedMatrix refine(const QuantizedMatrix& start, const at::Tensor& target, const Factor& factor,

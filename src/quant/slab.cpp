@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <isobath/core/error.hpp>
+#include <isobath/kernels/device.hpp>
 #include <isobath/quant/row_solver.hpp>
 #include <utility>
 
@@ -38,6 +39,12 @@ at::Tensor slab_rows(const std::vector<Range>& panels, Range columns,
 /// a aᵀ, rows of the result shared by the threads: inside a parallel region a product has one thread, and its
 /// bits do not depend on how many there are.
 static at::Tensor row_products(const at::Tensor& a) {
+  if (!a.is_cpu()) {
+    const at::Tensor columns = a.t().contiguous();
+    at::Tensor product = at::zeros({a.size(0), a.size(0)}, a.options());
+    kernels::add_device_product(product, columns, columns);
+    return product;
+  }
   at::Tensor product = at::empty({a.size(0), a.size(0)}, at::kFloat);
   const int64_t parts = (a.size(0) + kRowTile - 1) / kRowTile;
   at::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
@@ -55,10 +62,12 @@ Slab::Slab(Range slab_columns, at::Tensor unit, const Factor& factor, bool is_fo
   ISOBATH_CHECK(rows.size(0) == columns.size() && rows.size(1) == factor.n_columns() - columns.begin,
                 "a slab [{}, {}] for columns {} … {} of {}", rows.size(0), rows.size(1), columns.begin,
                 columns.end, factor.n_columns());
-  rows.mul_((factor.curvature.slice(0, columns.begin) / factor.mean).sqrt().to(at::kFloat));
+  const c10::Device device = rows.device();
+  rows.mul_((factor.curvature.slice(0, columns.begin) / factor.mean).sqrt().to(device, at::kFloat));
   if (!is_for_sweep) return;
   curvature = row_products(rows);
-  const at::Tensor dead = factor.dead.index_select(0, factor.order.slice(0, columns.begin, columns.end));
+  const at::Tensor dead =
+      factor.dead.index_select(0, factor.order.slice(0, columns.begin, columns.end)).to(device);
   curvature.masked_fill_(dead.unsqueeze(0), 0).masked_fill_(dead.unsqueeze(1), 0);
 }
 

@@ -59,13 +59,13 @@ at::Tensor zeros(int64_t n_rows, int64_t n_columns, c10::Device device) {
 
 }  // namespace
 
-Covariance::Covariance(int64_t n_channels, c10::Device device)
-    : upper_(zeros(n_channels, n_channels, device)) {}
+Covariance::Covariance(int64_t n_channels, c10::Device device) : n_channels_(n_channels), device_(device) {}
 
 void Covariance::add(const at::Tensor& x, const at::Tensor& weights) {
-  const int64_t n_channels = upper_.size(0);
+  const int64_t n_channels = n_channels_;
   check_inputs(x, weights, x.size(-1) == n_channels, n_channels);
   if (x.size(0) == 0) return;
+  if (!upper_.defined()) upper_ = zeros(n_channels, n_channels, device_);
   const c10::NoGradGuard no_grad;
   if (kernels::has_gram(x) && kernels::add_gram(upper_, x, roots_of(weights))) return;
   const at::Tensor weighted = weighted_rows(x, weights);
@@ -77,7 +77,7 @@ void Covariance::add(const at::Tensor& x, const at::Tensor& weights) {
 }
 
 at::Tensor Covariance::take_upper() {
-  return std::move(upper_);
+  return upper_.defined() ? std::move(upper_) : zeros(n_channels_, n_channels_, device_);
 }
 
 at::Tensor mirrored(at::Tensor upper) {
@@ -103,13 +103,13 @@ CovariancePanels::CovariancePanels(std::vector<Range> columns, c10::Device devic
                   "panels that do not stand side by side");
     has_kernel_ &= columns_[p].begin % kernels::kGramAlignment == 0;
   }
-  (void)take();
 }
 
 void CovariancePanels::add(const at::Tensor& x, const at::Tensor& weights) {
   const int64_t end = columns_.back().end;
   check_inputs(x, weights, x.size(-1) >= end, end);
   if (x.size(0) == 0) return;
+  begin_sums();
   const c10::NoGradGuard no_grad;
   if (has_kernel_ && kernels::has_gram(x) &&
       kernels::add_gram_panels(panels_, columns_.front().begin, x, roots_of(weights)))
@@ -118,12 +118,14 @@ void CovariancePanels::add(const at::Tensor& x, const at::Tensor& weights) {
   for (size_t p = 0; p < columns_.size(); ++p) add_panel(panels_[p], weighted, columns_[p]);
 }
 
+void CovariancePanels::begin_sums() {
+  if (!panels_.empty()) return;
+  for (const Range& columns : columns_) panels_.push_back(zeros(columns.end, columns.size(), device_));
+}
+
 std::vector<at::Tensor> CovariancePanels::take() {
-  std::vector<at::Tensor> taken = std::move(panels_);
-  panels_.clear();
-  for (const Range& columns : columns_)
-    panels_.push_back(zeros(columns.end, columns.end - columns.begin, device_));
-  return taken;
+  begin_sums();
+  return std::exchange(panels_, {});
 }
 
 at::Tensor covariance_reference(const at::Tensor& x, const at::Tensor& weights) {

@@ -17,15 +17,17 @@ CrossCovariance::CrossCovariance(int64_t n_channels, std::vector<Range> columns,
     ISOBATH_CHECK(columns_[p].begin == columns_[p - 1].end, "panels that do not stand side by side");
     has_kernel_ &= columns_[p - 1].size() % kernels::kGramAlignment == 0;
   }
-  (void)take();
+}
+
+void CrossCovariance::begin_sums() {
+  if (!sums_.empty()) return;
+  for (const Range& columns : columns_)
+    sums_.push_back(at::zeros({n_channels_, columns.size()}, at::TensorOptions(at::kFloat).device(device_)));
 }
 
 std::vector<at::Tensor> CrossCovariance::take() {
-  std::vector<at::Tensor> taken = std::move(sums_);
-  sums_.clear();
-  for (const Range& columns : columns_)
-    sums_.push_back(at::zeros({n_channels_, columns.size()}, at::TensorOptions(at::kFloat).device(device_)));
-  return taken;
+  begin_sums();
+  return std::exchange(sums_, {});
 }
 
 void CrossCovariance::add(const at::Tensor& x, const at::Tensor& original, const at::Tensor& weights) {
@@ -54,6 +56,7 @@ void CrossCovariance::add(const at::Tensor& x, const at::Tensor& original, const
         "non-finite weighted deviation in row {}; check the calibration sequence at that row",
         row);
   }
+  begin_sums();
   const bool has_kernel = has_kernel_ && kernels::has_gram(x);
   const at::Tensor rounded_deviation = has_kernel ? deviation.to(x.scalar_type()) : deviation,
                    rounded = has_kernel ? input.to(x.scalar_type()) : input;

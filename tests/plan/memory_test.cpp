@@ -140,12 +140,24 @@ TEST(Memory, DevicesHoldTheRowsInWork) {
   };
   cluster.device = "cuda";
   cluster.memory.device_gib = 1;
-  // down, 8 rows of 16 channels: the copy in bf16, and three in f32; a panel of the factor, 16 x 16. More
-  // than its H, 1024 bytes, and than gate and up: 14 bytes a weight of one, errors and codes of the other.
-  EXPECT_EQ(held(), std::max((2 + 3 * 4) * 128 + 4 * 256, (14 + 5) * 128 + 4 * 64));
-  // In f32 the copy is one of the three, and one of the transposed rows stands beside it: 12 bytes a weight.
+  // down, 8 rows of 16 channels: the weights in bf16, and three copies in f32; a panel of the factor, 16 x
+  // 16; more than its H, 1024 bytes. gate and up: the same 14 bytes a weight of one, and of the other the
+  // weight, its error and its code.
+  const auto down = [](double copies) { return copies * 128 + 4 * 256; };
+  const auto gate_up = [](double copies, double rest) { return (copies + rest) * 128 + 4 * 64; };
+  EXPECT_EQ(held(), std::max(down(2 + 3 * 4), gate_up(2 + 3 * 4, 2 + 5)));
+  // In f32 the weights are one of the three.
   config.compute_dtype = "float32";
-  EXPECT_EQ(held(), 3 * 4 * 128 + 4 * 256);
+  EXPECT_EQ(held(), std::max(down(3 * 4), gate_up(3 * 4, 4 + 5)));
+  // A refinement starts when the copies are gone: all 8 columns of gate and up are one slab, which stands
+  // there with its transpose and its H, and five times their 32 rows.
+  config.quantization.refinement.sweeps = 1;
+  EXPECT_EQ(held(), (4 + 5) * 256.0 + 4 * 3 * 64 + 5 * 4 * 256);
+  // Corrected: W C and the target instead of the weights.
+  config.quantization.asymmetric.correction = "qep";
+  EXPECT_EQ(held(), (8 + 5) * 256.0 + 4 * 3 * 64 + 5 * 4 * 256);
+  config.quantization.refinement.sweeps = 0;
+  config.quantization.asymmetric.correction = "none";
   // A wide covariance is shared by units one after another: the rows of one module.
   config.compute_dtype = "bfloat16";
   model::ModelConfig wide = model;

@@ -2,6 +2,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <isobath/quant/factor.hpp>
+#include <isobath/quant/row_solver.hpp>
 #include <vector>
 
 /// The asymmetric objective ½ ‖D^½ (X̃Wᵀ − XŴᵀ)‖²: what a linear gave in the original model (input X̃)
@@ -19,16 +20,17 @@ namespace isobath::quant {
 void check_ridge(const Factor& factor);
 
 /// Rows of W on their way to QEP's target, fed with panels: of C from the first to the last, of the ridge
-/// factor from the last to the first, and again from the first to the last. Strips of kRowTile rows give the
-/// same rows as one call on all rows. Deterministic, local.
+/// factor from the last to the first, and again from the first to the last; panels on any device. Strips of
+/// rows give the same rows as one call on all rows. Deterministic, local.
 ///
 /// Memory   8 C bytes a row.
 /// Cost     C² multiply-adds a row for W C, and C² for the two substitutions.
 /// Source   Arai & Ichikawa, QEP (2025): there a = ½, λ = 1.
 class CorrectedRows {
  public:
-  /// w [R, C] any float dtype, CPU.
-  explicit CorrectedRows(const at::Tensor& w);
+  /// w [R, C] any float dtype, CPU or a CUDA device, where all of it then happens; strips of `strip_rows`,
+  /// a multiple of kRowTile: of those fixed shapes are the products that fix the bits.
+  explicit CorrectedRows(const at::Tensor& w, int64_t strip_rows = kRowTile);
   /// Takes columns of C [C, width] f32.
   void multiply(const at::Tensor& c, Range columns);
   /// Takes a panel of R diag(R)⁻¹ [end, width] f32 of H + λI = R Rᵀ, in natural order.
@@ -36,7 +38,7 @@ class CorrectedRows {
   /// The same; curvature: R_kk² of all columns.
   void substitute_forward(const at::Tensor& panel, const at::Tensor& curvature);
 
-  /// W C of some whole strips' rows, after the last multiply, [rows, C] f32.
+  /// W C of some whole strips' rows, after the last multiply, [rows, C] f32 on the device of w.
   [[nodiscard]] at::Tensor products(Range rows) const;
   /// Z [R, C] f32 after the last substitution.
   [[nodiscard]] at::Tensor take_solution();
@@ -45,8 +47,9 @@ class CorrectedRows {
   template <class Visit>
   void for_each_strip(const Visit& visit);
 
-  int64_t n_rows_;
-  std::vector<at::Tensor> weights_, products_, solution_;  ///< of each strip [C, kRowTile] f32
+  int64_t n_rows_, strip_rows_;
+  c10::Device device_;
+  std::vector<at::Tensor> weights_, products_, solution_;  ///< of each strip [C, strip_rows] f32
 };
 
 /// M = triu(C Uᵀ, 1) U, U = R⁻¹, by two triangular solves in the factor's column order, and Z = W M: the

@@ -5,9 +5,11 @@
 #include <isobath/quant/grid.hpp>
 #include <isobath/quant/row_solver.hpp>
 #include <isobath/quant/slab.hpp>
-#include <vector>
+#include <memory>
 
 namespace isobath::quant {
+
+class DeviceRefiner;
 
 /// Lowers ½ tr((Ŵ−T) (H + λI) (Ŵ−T)ᵀ) from a quantized start by coordinate descent, λ that of the factor: the
 /// undamped objective is free to move weights along directions that few calibration tokens determine. With
@@ -21,15 +23,18 @@ namespace isobath::quant {
 /// loader sees them, falls: it never rises beyond f32 rounding. Act-order scatters groups: grids stay.
 ///
 /// Strips of kRowTile rows give the same rows as one call on all rows. Deterministic, local.
-/// Memory   5 C bytes a row for E and codes, and the slab in work.
-/// Cost     C²/2 multiply-adds a row to load and C² a sweep.
-/// Source   coordinate descent on codes: Behdin et al., QuantEase (2023); METHOD §3.
+/// Memory   5 C bytes a row for E and codes, and the slab in work; on a device 8 bytes a row and column of
+/// that slab, too. Cost     C²/2 multiply-adds a row to load and C² a sweep. Source   coordinate descent on
+/// codes: Behdin et al., QuantEase (2023); METHOD §3.
 class Refiner {
  public:
   /// start   codes and grids of T, from gptq or round_to_nearest
-  /// target  T [R, C] any float dtype, CPU: the weights, or the corrected ones of correction.hpp
-  /// factor  of H; its panels may be missing. Target and factor must outlive this. Dead columns keep value 0.
+  /// target  T [R, C] any float dtype: the weights, or the corrected ones of correction.hpp; on a CUDA device
+  ///         the same sweeps run in its kernels
+  /// factor  of H; its panels may be missing. It must outlive this. Dead columns keep value 0.
   Refiner(const QuantizedMatrix& start, const at::Tensor& target, const Factor& factor);
+  ~Refiner();
+  Refiner(Refiner&&) noexcept;
 
   /// Once for each slab, before the first sweep.
   void load(const Slab& slab);
@@ -38,22 +43,18 @@ class Refiner {
 
   /// Σ over the live columns' ½ tr((Ŵ−T) H (Ŵ−T)ᵀ), undamped, of each tile of so many rows: [tiles] f64.
   [[nodiscard]] at::Tensor objectives(int64_t tile_rows) const;
+  /// On the CPU.
   [[nodiscard]] QuantizedMatrix take();
 
  private:
-  class Work;
-  struct Strip {
-    at::Tensor errors;  ///< [C, kRowTile] f32: Eᵀ/√mean, in the factor's column order
-    bool has_moved = false, is_settled = false;
-  };
-  template <class Visit>
-  void for_each_strip(const Slab& slab, const Visit& visit);
-  [[nodiscard]] Range rows_of(int64_t strip) const;
+  class Host;
+  /// Scales in f32.
+  [[nodiscard]] QuantizedMatrix matrix() const;
 
-  const at::Tensor& target_;
+  at::Tensor target_;
   const Factor& factor_;
-  QuantizedMatrix matrix_;  ///< scales in f32 until they are taken
-  std::vector<Strip> strips_;
+  std::unique_ptr<Host> host_;
+  std::unique_ptr<DeviceRefiner> device_;  ///< in place of the other where the target is on a device
 };
 
 /// A Refiner over a factor whose panels are all here. target [R, C] f32 CPU.

@@ -25,7 +25,8 @@ struct Slab {
   at::Tensor rows;       ///< [width, C − begin] f32
   at::Tensor curvature;  ///< [width, width] f32: (H + λI)/mean of these columns, 0 where one is dead
 
-  /// unit: from slab_rows, scaled in place. Cost  width² C multiply-adds, unless it is only for loading.
+  /// unit: from slab_rows, scaled in place, on the host or where the rows are refined. Cost  width² C
+  /// multiply-adds, unless it is only for loading.
   Slab(Range columns, at::Tensor unit, const Factor& factor, bool is_for_sweep);
 };
 

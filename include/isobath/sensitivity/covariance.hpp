@@ -27,11 +27,13 @@ class Covariance {
   ///          overflow f32 (|x| > 1e19) end in a non-finite H, which the factorization refuses.
   void add(const at::Tensor& x, const at::Tensor& weights);
 
-  /// [d, d] f32, of which the upper triangle counts; nothing can be added afterwards.
+  /// [d, d] f32, of which the upper triangle counts; the sum starts again from zero.
   [[nodiscard]] at::Tensor take_upper();
 
  private:
-  at::Tensor upper_;
+  int64_t n_channels_;
+  c10::Device device_;
+  at::Tensor upper_;  ///< from the first row on
 };
 
 /// The symmetric matrix of such a triangle, in place.
@@ -55,10 +57,12 @@ class CovariancePanels {
   [[nodiscard]] std::vector<at::Tensor> take();
 
  private:
+  void begin_sums();
+
   std::vector<Range> columns_;
   c10::Device device_;
-  bool has_kernel_;  ///< takes panels that start here
-  std::vector<at::Tensor> panels_;
+  bool has_kernel_;                 ///< takes panels that start here
+  std::vector<at::Tensor> panels_;  ///< from the first row on
 };
 
 /// Literal reference: f64 Xᵀ diag(D) X by plain loops over [n, d] f64 input.

@@ -34,6 +34,8 @@ class CrossCovariance {
   [[nodiscard]] std::vector<at::Tensor> take();
 
  private:
+  void begin_sums();
+
   int64_t n_channels_;
   std::vector<Range> columns_;
   bool has_kernel_ = true;  ///< takes panels of these widths

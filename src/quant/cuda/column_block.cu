@@ -1,20 +1,10 @@
-#include <cuda_runtime.h>
-
 #include "grid_step.hpp"
+#include "row_threads.hpp"
 
 namespace isobath::quant::cuda {
 namespace {
 
-constexpr int kThreads = 64;
-
-/// Columns that feed their errors to each other out of registers; those behind them follow together.
-constexpr int kStep = 16;
-
-__device__ int64_t row_of_thread() {
-  return int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-}
-
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kRowThreads)
     settle_kernel(Block block, int begin, int end, float* settled, float* shifts) {
   const int64_t row = row_of_thread(), n_rows = block.n_rows;
   if (row >= n_rows) return;
@@ -38,7 +28,7 @@ __device__ float fed(float target, const float (&errors)[kStep], int n, const Bl
   return target;
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kRowThreads)
     solve_kernel(Block block, int begin, int end, GridRules rules, Grids grids, Rounded rounded) {
   const int64_t row = row_of_thread(), n_rows = block.n_rows;
   if (row >= n_rows) return;
@@ -75,24 +65,16 @@ __global__ void __launch_bounds__(kThreads)
   rounded.norms[row] += norm;
 }
 
-cudaLaunchConfig_t launch_of(int64_t n_rows, Stream stream) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>((n_rows + kThreads - 1) / kThreads));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  return config;
-}
-
 }  // namespace
 
 int settle_columns(const Block& block, int begin, int end, float* settled, float* shifts, Stream stream) {
-  const cudaLaunchConfig_t config = launch_of(block.n_rows, stream);
+  const cudaLaunchConfig_t config = launch_of_rows(block.n_rows, stream);
   return cudaLaunchKernelEx(&config, settle_kernel, block, begin, end, settled, shifts);
 }
 
 int solve_columns(const Block& block, int begin, int end, const GridRules& rules, Grids grids,
                   const Rounded& rounded, Stream stream) {
-  const cudaLaunchConfig_t config = launch_of(block.n_rows, stream);
+  const cudaLaunchConfig_t config = launch_of_rows(block.n_rows, stream);
   return cudaLaunchKernelEx(&config, solve_kernel, block, begin, end, rules, grids, rounded);
 }
 

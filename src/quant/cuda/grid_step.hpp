@@ -39,4 +39,19 @@ __device__ inline float round_stored(const Format& format, float value) {
   return __uint_as_float((bits + format.bias + ((bits >> format.dropped_bits) & format.odd)) & format.mask);
 }
 
+__device__ inline float larger(float a, float b) {
+  return a < b ? b : a;
+}
+__device__ inline float smaller(float a, float b) {
+  return b < a ? b : a;
+}
+
+/// As group_fit.hpp's storable_scale.
+__device__ inline float storable_scale(const GridRules& rules, float scale) {
+  const float largest =
+      round_stored(rules.format, rules.format.largest / static_cast<float>(1 << (rules.bits + 1)));
+  const float stored = round_stored(rules.format, smaller(scale, largest));
+  return smaller(larger(stored, rules.format.smallest), largest);
+}
+
 }  // namespace isobath::quant::cuda

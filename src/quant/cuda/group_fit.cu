@@ -22,21 +22,6 @@ struct Group {
   float unit;         ///< 1 / largest magnitude
 };
 
-__device__ float larger(float a, float b) {
-  return a < b ? b : a;
-}
-__device__ float smaller(float a, float b) {
-  return b < a ? b : a;
-}
-
-/// As group_fit.hpp's storable_scale.
-__device__ float storable_scale(const GridRules& rules, float scale) {
-  const float largest =
-      round_stored(rules.format, rules.format.largest / static_cast<float>(1 << (rules.bits + 1)));
-  const float stored = round_stored(rules.format, smaller(scale, largest));
-  return smaller(larger(stored, rules.format.smallest), largest);
-}
-
 /// The step of the grid that the host's search takes: rounded by a multiply-add, then clamped.
 __device__ float searched_step(const Levels& levels, float value) {
   const float first = levels.low + kRoundShift, last = levels.high + kRoundShift;

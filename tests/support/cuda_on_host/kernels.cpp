@@ -2,3 +2,4 @@
 #include "src/kernels/cuda/gram.cu"
 #include "src/quant/cuda/column_block.cu"
 #include "src/quant/cuda/group_fit.cu"
+#include "src/quant/cuda/refine.cu"
