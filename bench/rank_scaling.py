@@ -4,7 +4,8 @@ layouts in turn, medians.
 
   bench/rank_scaling.py build/cpu/src/isobath configs/quickstart.yaml --repeat 3 --set calibration.sequences=32
 
-Run it on an idle machine with two cores. Every run starts anew and writes the same bytes.
+Run it on an idle machine with two cores. Every run starts anew and writes the same bytes. --layouts "2 replicas,2 stages" takes some
+of the layouts beside the one rank.
 """
 import statistics
 
@@ -19,11 +20,15 @@ def seconds(output):
 
 
 def main():
-    arguments = arguments_of(__doc__, ("--repeat", int, 3))
-    times = {name: [] for name in LAYOUTS}
+    arguments = arguments_of(__doc__, ("--repeat", int, 3), ("--layouts", str, ",".join(LAYOUTS)))
+    names = dict.fromkeys(["1 rank", *arguments.layouts.split(",")])
+    if unknown := [name for name in names if name not in LAYOUTS]:
+        raise SystemExit(f"--layouts: expected some of {', '.join(LAYOUTS)}, found {', '.join(unknown)}")
+    chosen = {name: LAYOUTS[name] for name in names}
+    times = {name: [] for name in chosen}
     with scratch() as space:
         for turn in range(arguments.repeat):
-            for name, (stages, replicas, threads) in LAYOUTS.items():
+            for name, (stages, replicas, threads) in chosen.items():
                 output = space / f"{name.replace(' ', '-')}-{turn}"
                 run_isobath(arguments.isobath, arguments.config, output, stages * replicas,
                             [f"ranks.stages={stages}", f"ranks.replicas={replicas}", f"ranks.threads={threads}",

@@ -40,12 +40,12 @@ static double output_error(const Streams& s, const at::Tensor& w_hat) {
 
 /// Panels of C, and of the ridge factor back and forth.
 static at::Tensor qep_solution(const at::Tensor& w, const at::Tensor& c, const at::Tensor& h, double ridge,
-                               int64_t width = 10) {
+                               int64_t width = 10, int64_t strip_rows = kRowTile) {
   FactorSpec spec = ridge_spec(ridge);
   spec.panel_width = width;
   const Factor factor = factorize(h, spec);
   check_ridge(factor);
-  CorrectedRows rows(w);
+  CorrectedRows rows(w, strip_rows);
   for (const Range& columns : column_panels(h.size(0), width))
     rows.multiply(c.slice(1, columns.begin, columns.end), columns);
   for (size_t p = factor.panels.size(); p-- > 0;) rows.substitute_back(factor.panels[p]);
@@ -147,8 +147,9 @@ TEST(Correction, RowsHaveTheSameBitsInAnyStripsAndPanelsAgree) {
       parts.push_back(qep_solution(rows.contiguous(), c, problem.h, 0.1, 32));
     EXPECT_TRUE(at::equal(at::cat(parts), whole)) << part;
   }
-  EXPECT_TRUE(at::allclose(qep_solution(problem.w, c, problem.h, 0.1, 96), whole, kTolerance,
-                           kTolerance * whole.abs().max().item<double>()));
+  for (const auto& [width, strip_rows] : {std::pair{int64_t{96}, kRowTile}, {32, 2 * kRowTile}})
+    EXPECT_TRUE(at::allclose(qep_solution(problem.w, c, problem.h, 0.1, width, strip_rows), whole, kTolerance,
+                             kTolerance * whole.abs().max().item<double>()));
 }
 
 }  // namespace isobath::quant
