@@ -100,7 +100,8 @@ class LargeMatrix {
     config::Quantization quantization;
     quantization.bits = 3;
     const quant::GridSpec grid{.bits = 3, .group = 64};
-    quant::RowSolver solver(at::randn({n_rows, d}) / 30, factor, grid, height);
+    // Held once here, beside what the plan counts.
+    quant::RowSolver solver(at::randn({n_rows, d}).div_(30), factor, grid, height);
     for (size_t p = 0; p < layout.columns.size(); ++p) {
       const at::Tensor panel = pipeline::share_panel(factor, layout, p, world_);
       factor.panels[p].reset();
@@ -145,6 +146,8 @@ class LargeMatrix {
                           .microbatch = 1,
                           .logical_shards = options_.shards};
     config.compute_dtype = "float32";
+    config.quantization.refinement.sweeps = 0;
+    config.quantization.asymmetric.correction = "none";
     const plan::Job job(config, model, *cluster_, 1, world_.size());
     for (const auto& item : plan::quantize_memory(job, 0).items)
       if (item.name == "process" || item.name.starts_with("H,"))
