@@ -80,8 +80,7 @@ class Suspicion {
     if (!w.inquiry) {
       return beyond +
              ": another rank stopped or the network failed. The job ends; look for the rank that gave no "
-             "such "
-             "message, and continue with --resume.";
+             "such message, and continue with --resume.";
     }
     const Clock::time_point now = Clock::now();
     if (stall.id != id_) *this = Suspicion(stall.id, now);
