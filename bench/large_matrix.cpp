@@ -12,6 +12,7 @@
 #include <isobath/comm/runtime.hpp>
 #include <isobath/core/timer.hpp>
 #include <isobath/io/files.hpp>
+#include <isobath/kernels/gram.hpp>
 #include <isobath/pipeline/panel_factor.hpp>
 #include <isobath/pipeline/share.hpp>
 #include <isobath/plan/memory.hpp>
@@ -59,6 +60,7 @@ class LargeMatrix {
       fmt::print("{} columns, {} rows, {} tokens, {} ranks of {} threads\n{:<16} {:>10} {:>10} {:>12}\n", d,
                  options_.rows, options_.tokens, world_.size(), options_.threads, "", "seconds", "plan",
                  "peak GiB");
+    print_planned_memory();
     report("start", 0, {});
 
     const double local = static_cast<double>(shards.size() * n), width = static_cast<double>(d);
@@ -73,16 +75,10 @@ class LargeMatrix {
           }
         });
     const model::ModelConfig any;
-    const plan::Shapes shapes = plan::Shapes::of(any, /*computes_bf16=*/false, /*has_kernels=*/false);
-    // As plan/block_time.cpp counts what goes with it: the shards' zeros, their sums and, to their owners,
-    // the way.
-    const double entries = plan::panel_entries(width), closings = static_cast<double>(shards.size());
-    plan::Work covariance = plan::covariance_add(shapes, local, width);
-    covariance.traffic_bytes += 4 * entries * closings;
-    covariance.host_traffic_bytes += ranks > 1 ? 12 * entries : 0;
-    const double exchange_s =
-        cluster_ && ranks > 1 ? 4 * entries / (1e9 * cluster_->network.within_node_gbs) : 0;
-    report("covariance", timer.seconds(), covariance, exchange_s);
+    const plan::Shapes shapes =
+        plan::Shapes::of(any, /*computes_bf16=*/false, kernels::has_gram(at::empty({1, 1})));
+    report("covariance", timer.seconds(),
+           plan::covariance_sum(shapes, local, width, static_cast<double>(shards.size()), true));
     x.clear();
 
     timer = Timer();
@@ -116,17 +112,15 @@ class LargeMatrix {
     all.slice(0, tiles.begin, tiles.end).copy_(objectives);
     pipeline::share_disjoint(all, world_);
     if (world_.rank() == 0) fmt::print("objective {:.6g}\n", all.sum().item<double>());
-    print_planned_memory();
   }
 
  private:
-  void report(const char* phase, double wall_s, const plan::Work& work, double exchange_s = 0) {
+  void report(const char* phase, double wall_s, const plan::Work& work) {
     const double slowest = world_.all_reduce(wall_s, comm::Reduce::max);
     const double largest = world_.all_reduce(peak_gib(), comm::Reduce::max);
     if (world_.rank() != 0) return;
     const std::string planned =
-        cluster_ ? fmt::format("{:.1f}", plan::seconds(work, *cluster_, /*computes_bf16=*/false) + exchange_s)
-                 : "-";
+        cluster_ ? fmt::format("{:.1f}", plan::seconds(work, *cluster_, /*computes_bf16=*/false)) : "-";
     fmt::print("{:<16} {:>10.1f} {:>10} {:>12.2f}\n", phase, slowest, planned, largest);
     std::fflush(stdout);
   }

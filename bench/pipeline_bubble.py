@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Share of a measure pass in which the stages of a pipeline wait, beside (S - 1) / (M + S - 1) of one forward, one backward.
 
-  bench/pipeline_bubble.py build/cpu/src/isobath configs/quickstart.yaml --stages 2
+  bench/pipeline_bubble.py build/cpu/bin/isobath configs/quickstart.yaml --stages 2
 
 Read from the timeline of one run (--trace): time in forward and backward spans without the waits inside them is work, the rest
 between the first forward pass and the last backward pass of all ranks is idle. M counts the microbatches between two drains.

@@ -2,7 +2,7 @@
 """How much faster two ranks of one thread, and one rank of two threads, are than one of one: measure and quantize, the
 layouts in turn, medians.
 
-  bench/rank_scaling.py build/cpu/src/isobath configs/quickstart.yaml --repeat 3 --set calibration.sequences=32
+  bench/rank_scaling.py build/cpu/bin/isobath configs/quickstart.yaml --repeat 3 --set calibration.sequences=32
 
 Run it on an idle machine with two cores. Every run starts anew and writes the same bytes. --layouts "2 replicas,2 stages" takes some
 of the layouts beside the one rank.

@@ -2,7 +2,7 @@
 """A model several times larger than the memory used: measured, quantized and evaluated with streamed weights on one rank,
 and, with --compare, with resident ones, whose files must be the same.
 
-  bench/streamed.py build/cpu/src/isobath --blocks 96 --compare
+  bench/streamed.py build/cpu/bin/isobath --blocks 96 --compare
 
 Writes a synthetic Llama (tools/python/make_synthetic.py) into a scratch directory first, ISOBATH_BENCH_DIR or the system's.
 Peak memory is that of the process, as the kernel counts it.

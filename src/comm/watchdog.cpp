@@ -98,16 +98,19 @@ class Suspicion {
     if (!all && now - asked_ < patience) return {};
     has_asked_ = false;
     bool a_lower_rank_sees_it = false;
+    std::string who_works;
     for (const auto& [rank, sign] : w.inquiry->answers()) {
       const bool stalled = std::chrono::milliseconds(sign.waited_ms) > limit;
-      if (all && !stalled) {
-        log::info("{}: {} still works ({})", waited, w.inquiry->name_of(rank), sign.doing);
-        ask_at_ = now + limit;
-        return {};
-      }
       a_lower_rank_sees_it |= stalled && rank < w.rank;
+      if (!stalled && who_works.empty())
+        who_works = fmt::format("{} still works ({})", w.inquiry->name_of(rank), sign.doing);
     }
     // One message is enough.
+    if (all && !who_works.empty()) {
+      if (!a_lower_rank_sees_it) log::warning("{}: {}", waited, who_works);
+      ask_at_ = now + limit;
+      return {};
+    }
     if (a_lower_rank_sees_it && stall.lasted < limit + 4 * patience) return {};
     return all ? beyond +
                      ", and so have all others: a message was lost. The job ends; continue with --resume."

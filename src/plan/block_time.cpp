@@ -96,15 +96,10 @@ class BlockTime {
     const auto units = static_cast<double>(job_.units_of(set));
     const auto n_local_shards = static_cast<double>(job_.layout.shards_per_rank);
     const Work tree_add{.host_traffic_bytes = (n_local_shards - 1) * 12 * d * d};  // on this rank
-    // In panels: the upper triangle alone. For every six of them the rows are read and weighted again, up to
-    // the last one's channels; kernels pack them twice, to find values that may not be used first.
     const bool is_spread = job_.is_spread(d);
     const double share = is_spread ? panel_entries(d) / (d * d) : 1;
     const double passes = is_spread ? std::ceil(d / (6 * panel_columns())) : 1;
-    const double readings = is_spread ? (passes + 1) / (job_.shapes.has_kernels ? 1 : 2) : 1;
-    const Work product = covariance_add(job_.shapes, local_tokens(), d);
-    covariance_ += units * (time(product) + (readings - 1) * time({.traffic_bytes = product.traffic_bytes}) +
-                            share * time(n_local_shards * covariance_close(d) + tree_add));
+    covariance_ += units * time(covariance_sum(job_.shapes, local_tokens(), d, n_local_shards, is_spread));
     if (!is_spread) covariance_ += std::ceil(units / job_.layout.n_ranks()) * time(covariance_mirror(d));
     if (shrinks()) covariance_ += time(trace_pass(job_.shapes, local_tokens(), d));
     const Work cross = cross_covariance_add(job_.shapes, local_tokens(), d);

@@ -32,6 +32,19 @@ Work covariance_close(double d) {
   return {.traffic_bytes = kZerosTraffic * d * d, .n_operations = 2, .host_link_bytes = 4 * d * d};
 }
 
+Work covariance_sum(const Shapes& s, double n_rows, double d, double n_shards, bool in_panels) {
+  // In panels: the upper triangle alone. For every six of them the rows are read and weighted again, up to
+  // the last one's channels; kernels pack them twice, to find values that may not be used first.
+  constexpr double kPanelsPerPass = 6;  // pipeline/panel_factor.hpp
+  const double share = in_panels ? panel_entries(d) / (d * d) : 1;
+  const double passes = in_panels ? std::ceil(d / (kPanelsPerPass * panel_columns())) : 1;
+  const double readings = in_panels ? (passes + 1) / (s.has_kernels ? 1 : 2) : 1;
+  const Work product = covariance_add(s, n_rows, d),
+             tree_add{.host_traffic_bytes = (n_shards - 1) * 12 * d * d};
+  return product + Work{.traffic_bytes = (readings - 1) * product.traffic_bytes} +
+         share * (n_shards * covariance_close(d) + tree_add);
+}
+
 Work covariance_mirror(double d) {
   return {.host_traffic_bytes = kMirrorTraffic * d * d};
 }

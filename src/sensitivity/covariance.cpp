@@ -62,16 +62,15 @@ at::Tensor zeros(int64_t n_rows, int64_t n_columns, c10::Device device) {
 Covariance::Covariance(int64_t n_channels, c10::Device device) : n_channels_(n_channels), device_(device) {}
 
 void Covariance::add(const at::Tensor& x, const at::Tensor& weights) {
-  const int64_t n_channels = n_channels_;
-  check_inputs(x, weights, x.size(-1) == n_channels, n_channels);
+  check_inputs(x, weights, x.size(-1) == n_channels_, n_channels_);
   if (x.size(0) == 0) return;
-  if (!upper_.defined()) upper_ = zeros(n_channels, n_channels, device_);
+  if (!upper_.defined()) upper_ = zeros(n_channels_, n_channels_, device_);
   const c10::NoGradGuard no_grad;
   if (kernels::has_gram(x) && kernels::add_gram(upper_, x, roots_of(weights))) return;
   const at::Tensor weighted = weighted_rows(x, weights);
-  const int64_t panel = panel_width(n_channels);
-  for (int64_t begin = 0; begin < n_channels; begin += panel) {
-    const Range columns{begin, std::min(begin + panel, n_channels)};
+  const int64_t panel = panel_width(n_channels_);
+  for (int64_t begin = 0; begin < n_channels_; begin += panel) {
+    const Range columns{begin, std::min(begin + panel, n_channels_)};
     add_panel(upper_.slice(0, 0, columns.end).slice(1, begin, columns.end), weighted, columns);
   }
 }

@@ -81,6 +81,9 @@ struct Shapes {
 /// triangle, once.
 [[nodiscard]] Work covariance_close(double d);
 [[nodiscard]] Work covariance_mirror(double d);
+/// A rank's part of one H: its rows in n_shards logical shards, and the sum over these; whole, or in panels.
+[[nodiscard]] Work covariance_sum(const Shapes& shapes, double n_rows, double d, double n_shards,
+                                  bool in_panels);
 
 /// sensitivity::CrossCovariance::add: 2 n d² flops, in the covariance's dtype.
 [[nodiscard]] Work cross_covariance_add(const Shapes& shapes, double n_rows, double d);
