@@ -43,6 +43,9 @@ if(NOT TARGET isobath_torch)
     find_package(CUDAToolkit REQUIRED)
     find_path(NCCL_INCLUDE_DIR nccl.h REQUIRED HINTS ${CUDAToolkit_INCLUDE_DIRS})
     find_library(NCCL_LIBRARY nccl REQUIRED HINTS ${CUDAToolkit_LIBRARY_DIR})
-    target_link_libraries(isobath_torch INTERFACE torch_cuda c10_cuda CUDA::cudart)
+    # No symbol of torch_cuda is named anywhere: it registers ATen's operations for CUDA tensors when it is loaded, and
+    # linkers that drop unused libraries would drop it.
+    target_link_libraries(isobath_torch INTERFACE "-Wl,--push-state,--no-as-needed,-ltorch_cuda,--pop-state" c10_cuda
+      CUDA::cudart)
   endif()
 endif()

@@ -23,10 +23,13 @@ def arguments(description, extend=None):
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16",
                         help="in which the peer computes; float32 is the faster one on CPUs without bf16 units")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     if extend:
         extend(parser)
     found = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(found.threads)
+    if found.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # some take a GPU wherever they see one
     return found
 
 
@@ -89,6 +92,7 @@ def report(options, peer, packages, clock, n_rows, n_tokens, **more):
     print(json.dumps({
         "peer": peer, "versions": {name: version(name) for name in [*packages, "torch", "transformers"]},
         "bits": options.bits, "group": options.group, "symmetric": not options.asymmetric, "dtype": options.dtype,
+        "device": options.device,
         "sequences": n_rows, "length": n_tokens, "threads": options.threads, **more,
         "quantize_s": round(clock.quantize_s, 1), "quantize_cpu_s": round(clock.quantize_cpu_s, 1),
         "total_s": round(clock.total_s, 1), "cpu_s": round(clock.cpu_s, 1),

@@ -28,7 +28,7 @@ def main():
     with peer.Clock() as clock:
         tuner = AutoRound(model, tokenizer, bits=options.bits, group_size=options.group, sym=not options.asymmetric,
                           iters=options.iterations, batch_size=options.batch, seqlen=len(ids[0]), nsamples=len(ids),
-                          dataset=rows, device_map="cpu", enable_torch_compile=False,
+                          dataset=rows, device_map=options.device, enable_torch_compile=False,
                           # Computing in bf16 is its default; without it f32 blocks would still be cast.
                           amp=options.dtype == "bfloat16")
         quantized, _ = tuner.quantize()

@@ -56,7 +56,7 @@ def main():
     ids = peer.read_tokens(options)
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids]
     packed = f"{options.output}-gptq"
-    model = GPTQModel.load(options.model, quantize_config(options), device="cpu", dtype=getattr(torch, options.dtype))
+    model = GPTQModel.load(options.model, quantize_config(options), device=options.device, dtype=getattr(torch, options.dtype))
     with peer.Clock() as clock:
         model.quantize(rows, batch_size=1)
     model.save(packed)

@@ -72,6 +72,10 @@ int64_t device_memory_bytes(c10::Device) {
   return 0;
 }
 
+std::string device_identity(c10::Device) {
+  return {};
+}
+
 const char* device_backend_name() {
   return "host";
 }

@@ -2,8 +2,12 @@
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 
+#include <fmt/format.h>
 #include <isobath/comm/device_communicator.hpp>
+#include <isobath/core/error.hpp>
+#include <isobath/core/log.hpp>
 #include <map>
+#include <set>
 
 #include "nccl_channel.hpp"
 #include "staging.hpp"
@@ -43,6 +47,19 @@ std::shared_ptr<NcclChannel> make_edge(const Communicator& control, Edge edge, c
   return channel;
 }
 
+/// Whether any two ranks compute on one device, which NCCL refuses. Collective.
+bool share_devices(const Communicator& control, c10::Device device) {
+  const std::vector<std::string> devices = control.all_gather(device_identity(device));
+  const size_t n_devices = std::set(devices.begin(), devices.end()).size();
+  if (n_devices == devices.size()) return false;
+  if (control.rank() == 0)
+    log::warning(
+        "{} ranks share {} devices: what they send each other goes through host memory instead of NCCL; "
+        "one rank for each device is faster",
+        devices.size(), n_devices);
+  return true;
+}
+
 }  // namespace
 
 struct DeviceCommunicator::State {
@@ -67,7 +84,7 @@ DeviceCommunicator::DeviceCommunicator(const Communicator& comm, c10::Device dev
     : state_(std::make_unique<State>(State{&comm, device, nullptr, {}})) {
   const Communicator control = comm.duplicate();
   // Ranks may sit on different kinds of device; NCCL needs CUDA on all of them.
-  if (comm.size() == 1 || control.any(!device.is_cuda())) return;
+  if (comm.size() == 1 || control.any(!device.is_cuda()) || share_devices(control, device)) return;
   ncclUniqueId id{};
   if (control.rank() == 0) ISOBATH_NCCL(nullptr, ncclGetUniqueId(&id));
   at::Tensor bytes = as_tensor(id);
@@ -177,6 +194,9 @@ c10::Device select_device(const std::string& requested, const Communicator& node
   }
   const int n_devices = c10::cuda::device_count();
   if (n_devices > 0) {
+    ISOBATH_CHECK(at::hasCUDA(),
+                  "this build sees {} CUDA devices but has no operations for them: link libtorch_cuda",
+                  n_devices);
     return {c10::kCUDA, static_cast<c10::DeviceIndex>(node.rank() % n_devices)};
   }
   if (requested == "auto") return c10::kCPU;
@@ -192,6 +212,16 @@ int64_t device_memory_bytes(c10::Device device) {
   size_t free = 0, total = 0;
   ISOBATH_CUDA(cudaMemGetInfo(&free, &total));
   return static_cast<int64_t>(total);
+}
+
+std::string device_identity(c10::Device device) {
+  if (!device.is_cuda()) return {};
+  cudaDeviceProp properties{};
+  ISOBATH_CUDA(cudaGetDeviceProperties(&properties, device.index()));
+  std::string hex;
+  for (const char byte : properties.uuid.bytes)
+    hex += fmt::format("{:02x}", static_cast<unsigned char>(byte));
+  return hex;
 }
 
 const char* device_backend_name() {

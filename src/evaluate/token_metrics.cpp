@@ -1,4 +1,5 @@
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/core/GradMode.h>
 #include <isobath/core/error.hpp>
 #include <isobath/evaluate/token_metrics.hpp>

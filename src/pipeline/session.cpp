@@ -64,9 +64,13 @@ void require_alike(const Session& session, const comm::Communicator& world) {
 }
 
 /// The share of memory that this rank's resident weights may take: of its device's, or of the host's.
+/// Collective over the node.
 int64_t bytes_for_weights(c10::Device device, const comm::Communicator& node) {
+  const std::vector<std::string> devices =
+      node.all_gather(comm::device_identity(device));  // one "" for all CPUs
+  const auto sharing = std::count(devices.begin(), devices.end(), devices[static_cast<size_t>(node.rank())]);
   const int64_t bytes =
-      device.is_cuda() ? comm::device_memory_bytes(device) : host_memory_bytes() / node.size();
+      (device.is_cuda() ? comm::device_memory_bytes(device) : host_memory_bytes()) / sharing;
   return static_cast<int64_t>(kWeightShareOfMemory * static_cast<double>(bytes));
 }
 
@@ -75,6 +79,8 @@ int64_t bytes_for_weights(c10::Device device, const comm::Communicator& node) {
 void require_determinism() {
   setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);
   at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false);
+  at::globalContext().setDeterministicFillUninitializedMemory(false);  // a pass over every new tensor
+  at::globalContext().setAllowBF16ReductionCuBLAS(false);              // partial sums stay f32
   at::globalContext().setSDPUseMemEfficient(false);
   at::globalContext().setSDPUseCuDNN(false);
 }

@@ -1,6 +1,7 @@
 #include <isobath/sensitivity/cross_covariance.hpp>
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/core/GradMode.h>
 
 #include <isobath/core/error.hpp>

@@ -25,6 +25,8 @@ SEQUENCES, LENGTH = 8, 32
 TIME_LIMIT_S = 120
 # mpirun ends a job about 1 s after a rank died; the rest is for a busy machine.
 END_AFTER_DEATH_S = 20
+# ISOBATH_TEST_DEVICE=cuda runs the same tests on a GPU, which all ranks may share.
+DEVICE = os.environ.get("ISOBATH_TEST_DEVICE", "cpu")
 
 ENVIRONMENT = dict(
     os.environ,
@@ -173,7 +175,7 @@ class Workspace:
         """Path of a configuration file; JSON is YAML. sections are merged over the tiny default."""
         values = {
             "model": str(self.model), "output": str(self.path / output),
-            "ranks": {"threads": 1, "device": "cpu", "watchdog_s": 60},
+            "ranks": {"threads": 1, "device": DEVICE, "watchdog_s": 60},
             "calibration": {"tokens": str(self.calibration), "sequences": SEQUENCES, "length": LENGTH, "microbatch": 1,
                             "logical_shards": 4},
             "quantization": {"bits": 3, "group": 32},

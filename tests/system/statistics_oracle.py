@@ -6,7 +6,7 @@ import sys
 import tempfile
 
 import numpy
-from isobath_system import ENVIRONMENT, binary, write_safetensors
+from isobath_system import DEVICE, ENVIRONMENT, binary, write_safetensors
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SEQUENCES, LENGTH, VOCAB = 6, 40, 256
@@ -24,7 +24,7 @@ for model, grouping in (("tiny_llama_a", "index"), ("tiny_llama_b", "index"), ("
 model: {ROOT}/tests/data/{model}
 output: {folder}/run
 compute_dtype: float32
-ranks: {{stages: 2, replicas: 2, threads: 1, device: cpu}}
+ranks: {{stages: 2, replicas: 2, threads: 1, device: {DEVICE}}}
 calibration: {{tokens: {folder}/tokens.safetensors, sequences: {SEQUENCES}, length: {LENGTH}, logical_shards: 4, microbatch: 2}}
 sensitivity: {{per_sequence: exact, row_groups: 2, grouping: {grouping}, covariance: true, probes: 64, gram: {{bits: [2, 4]}}}}
 quantization: {{group: 32, clip_search: false, symmetric: {"true" if model == "tiny_llama_a" else "false"}}}

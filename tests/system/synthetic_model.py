@@ -8,7 +8,7 @@ import tempfile
 
 import numpy
 
-from isobath_system import ENVIRONMENT, TIME_LIMIT_S, binary
+from isobath_system import DEVICE, ENVIRONMENT, TIME_LIMIT_S, binary
 
 TOOL = pathlib.Path(__file__).resolve().parents[2] / "tools/python/make_synthetic.py"
 BLOCKS, VOCAB, LENGTH = 2, 96, 16
@@ -75,7 +75,7 @@ def main():
         call(isobath, "plan", "--calibrate", "--output", space / "cluster.yaml")
         config = space / "run.yaml"
         config.write_text(json.dumps({
-            "model": str(space / "model"), "output": str(space / "run"), "ranks": {"threads": 1, "device": "cpu", "watchdog_s": 60},
+            "model": str(space / "model"), "output": str(space / "run"), "ranks": {"threads": 1, "device": DEVICE, "watchdog_s": 60},
             "calibration": {"tokens": str(space / "tokens.safetensors"), "sequences": 4, "length": LENGTH, "logical_shards": 2},
             "quantization": {"bits": 3, "group": 32},
             "evaluation": {"tokens": str(space / "tokens.safetensors"), "window": LENGTH, "windows": 2},

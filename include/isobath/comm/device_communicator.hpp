@@ -4,12 +4,13 @@
 
 #include <isobath/comm/communicator.hpp>
 #include <memory>
+#include <string>
 
 namespace isobath::comm {
 
 /// Tensor transfer where the tensors live: one header, two sources chosen by CMake. `host` stages device
-/// tensors through MPI; `nccl` hands CUDA tensors to NCCL (and CPU tensors to MPI). Same order of calls on
-/// every rank.
+/// tensors through MPI; `nccl` hands CUDA tensors to NCCL (and CPU tensors to MPI). NCCL refuses two ranks on
+/// one device: where any two share one, `nccl` stages like `host`. Same order of calls on every rank.
 class DeviceCommunicator {
  public:
   /// Collective over `comm`, which must outlive this object.
@@ -52,6 +53,9 @@ class DeviceCommunicator {
 
 /// Memory of a CUDA device, bytes; 0 for the CPU.
 [[nodiscard]] int64_t device_memory_bytes(c10::Device device);
+
+/// Tells one CUDA device from all others of all hosts (its UUID, 32 hex digits); empty for the CPU.
+[[nodiscard]] std::string device_identity(c10::Device device);
 
 /// "host" or "nccl".
 [[nodiscard]] const char* device_backend_name();
