@@ -2,6 +2,8 @@
 // the codes of all rows. Prints seconds and peak memory of each phase beside what the plan's arithmetic says.
 //
 //   mpirun -n 2 large_matrix --columns 53248 --rows 16384 --tokens 2048 --cluster this-machine.yaml
+//
+// With --device cuda the activations are bf16 tensors of the ranks' devices, and so is all that follows.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
@@ -9,6 +11,7 @@
 #include <sys/resource.h>
 
 #include <CLI/CLI.hpp>
+#include <isobath/comm/device_communicator.hpp>
 #include <isobath/comm/runtime.hpp>
 #include <isobath/core/timer.hpp>
 #include <isobath/io/files.hpp>
@@ -24,7 +27,7 @@ namespace {
 
 struct Options {
   int64_t columns = 8192, rows = 2048, tokens = 2048, shards = 2, threads = 1;
-  std::string cluster;
+  std::string cluster, device = "cpu";
 };
 
 constexpr double kGiB = 1024.0 * 1024.0 * 1024.0;
@@ -38,7 +41,10 @@ double peak_gib() {
 class LargeMatrix {
  public:
   LargeMatrix(Options options, const comm::Communicator& world)
-      : options_(std::move(options)), world_(world) {
+      : options_(std::move(options)),
+        world_(world),
+        device_(comm::select_device(options_.device, world.node())),
+        devices_(world, device_) {
     if (!options_.cluster.empty())
       cluster_ = plan::with_ranks(
           plan::parse_cluster(io::read_text(options_.cluster, 1 << 20), options_.cluster), world.size());
@@ -54,8 +60,8 @@ class LargeMatrix {
     const Range shards = partition(options_.shards, world_.size(), world_.rank());
     const int64_t n = options_.tokens / options_.shards;
     std::vector<at::Tensor> x;
-    for (int64_t shard = shards.begin; shard < shards.end; ++shard) x.push_back(at::randn({n, d}));
-    const at::Tensor token_weights = at::rand({n});
+    for (int64_t shard = shards.begin; shard < shards.end; ++shard) x.push_back(random({n, d}).to(dtype()));
+    const at::Tensor token_weights = at::rand({n}, at::TensorOptions(device_));
     if (world_.rank() == 0)
       fmt::print("{} columns, {} rows, {} tokens, {} ranks of {} threads\n{:<16} {:>10} {:>10} {:>12}\n", d,
                  options_.rows, options_.tokens, world_.size(), options_.threads, "", "seconds", "plan",
@@ -67,7 +73,7 @@ class LargeMatrix {
     const auto ranks = static_cast<double>(world_.size());
     Timer timer;
     std::vector<at::Tensor> panels = pipeline::sum_panels(
-        layout, owners, world_, c10::Device(c10::kCPU),
+        layout, owners, world_, device_,
         [&](const pipeline::VisitRows& visit, const std::function<void(int64_t)>& close_shard) {
           for (size_t s = 0; s < x.size(); ++s) {
             visit(x[s], {}, token_weights);
@@ -76,7 +82,7 @@ class LargeMatrix {
         });
     const model::ModelConfig any;
     const plan::Shapes shapes =
-        plan::Shapes::of(any, /*computes_bf16=*/false, kernels::has_gram(at::empty({1, 1})));
+        plan::Shapes::of(any, device_.is_cuda(), device_.is_cpu() && kernels::has_gram(at::empty({1, 1})));
     report("covariance", timer.seconds(),
            plan::covariance_sum(shapes, local, width, static_cast<double>(shards.size()), true));
     x.clear();
@@ -84,7 +90,7 @@ class LargeMatrix {
     timer = Timer();
     const quant::FactorSpec spec{.damping = 0.1};  // fewer tokens than columns
     quant::Factor factor = quant::factor_of_diagonal(pipeline::share_diagonal(panels, layout, world_), spec);
-    const bool is_positive = pipeline::factorize_panels(std::move(panels), layout, factor, world_);
+    const bool is_positive = pipeline::factorize_panels(std::move(panels), layout, factor, devices_);
     panels.clear();
     ISOBATH_CHECK(is_positive, "H is not positive definite");
     report("factorization", timer.seconds(), plan::factorize_spread(width, ranks));
@@ -97,9 +103,9 @@ class LargeMatrix {
     quantization.bits = 3;
     const quant::GridSpec grid{.bits = 3, .group = 64};
     // Held once here, beside what the plan counts.
-    quant::RowSolver solver(at::randn({n_rows, d}).div_(30), factor, grid, height);
+    quant::RowSolver solver(random({n_rows, d}).div_(30), factor, grid, height);
     for (size_t p = 0; p < layout.columns.size(); ++p) {
-      const at::Tensor panel = pipeline::share_panel(factor, layout, p, world_);
+      const at::Tensor panel = pipeline::share_panel(factor, layout, p, devices_);
       factor.panels[p].reset();
       solver.advance(panel);
     }
@@ -115,12 +121,17 @@ class LargeMatrix {
   }
 
  private:
+  [[nodiscard]] at::ScalarType dtype() const { return device_.is_cuda() ? at::kBFloat16 : at::kFloat; }
+  [[nodiscard]] at::Tensor random(at::IntArrayRef shape) const {
+    return at::randn(shape, at::TensorOptions(device_));
+  }
+
   void report(const char* phase, double wall_s, const plan::Work& work) {
     const double slowest = world_.all_reduce(wall_s, comm::Reduce::max);
     const double largest = world_.all_reduce(peak_gib(), comm::Reduce::max);
     if (world_.rank() != 0) return;
     const std::string planned =
-        cluster_ ? fmt::format("{:.1f}", plan::seconds(work, *cluster_, /*computes_bf16=*/false)) : "-";
+        cluster_ ? fmt::format("{:.1f}", plan::seconds(work, *cluster_, device_.is_cuda())) : "-";
     fmt::print("{:<16} {:>10.1f} {:>10} {:>12.2f}\n", phase, slowest, planned, largest);
     std::fflush(stdout);
   }
@@ -139,7 +150,7 @@ class LargeMatrix {
                           .length = options_.tokens / options_.shards,
                           .microbatch = 1,
                           .logical_shards = options_.shards};
-    config.compute_dtype = "float32";
+    config.compute_dtype = device_.is_cuda() ? "bfloat16" : "float32";
     config.quantization.refinement.sweeps = 0;
     config.quantization.asymmetric.correction = "none";
     const plan::Job job(config, model, *cluster_, 1, world_.size());
@@ -151,6 +162,8 @@ class LargeMatrix {
 
   Options options_;
   const comm::Communicator& world_;
+  c10::Device device_;
+  comm::DeviceCommunicator devices_;
   std::optional<plan::Cluster> cluster_;
 };
 
@@ -167,6 +180,7 @@ int main(int argc, char** argv) {
   app.add_option("--shards", options.shards, "logical shards; at least one a rank");
   app.add_option("--threads", options.threads, "threads of a rank");
   app.add_option("--cluster", options.cluster, "rates of this machine, from `isobath plan --calibrate`");
+  app.add_option("--device", options.device, "where the ranks compute: cpu or cuda");
   CLI11_PARSE(app, argc, argv);
   at::set_num_threads(static_cast<int>(options.threads));
   const at::NoGradGuard no_grad;

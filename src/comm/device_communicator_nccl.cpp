@@ -187,6 +187,10 @@ c10::Device DeviceCommunicator::device() const {
   return state_->device;
 }
 
+const Communicator& DeviceCommunicator::ranks() const {
+  return *state_->comm;
+}
+
 c10::Device select_device(const std::string& requested, const Communicator& node) {
   if (requested == "cpu") return c10::kCPU;
   if (requested != "auto" && requested != "cuda") {

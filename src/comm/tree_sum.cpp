@@ -64,12 +64,12 @@ void TreeSum::add(int64_t shard, at::Tensor total) {
   const int owner = owners_[static_cast<size_t>(shard)];
   ISOBATH_CHECK(owner == rank_, "shard {} belongs to rank {}, added by rank {}", shard, owner, rank_);
   ISOBATH_CHECK(!added_[static_cast<size_t>(shard)], "shard {} was added before", shard);
-  ISOBATH_CHECK(total.defined() && total.is_cpu() && total.is_contiguous(),
-                "shard totals are contiguous CPU tensors");
+  ISOBATH_CHECK(total.defined() && total.is_contiguous(), "shard totals are contiguous tensors");
   if (!partial_.empty()) {
     const at::Tensor& other = partial_.begin()->second;
-    ISOBATH_CHECK(total.sizes() == other.sizes() && total.scalar_type() == other.scalar_type(),
-                  "shard {} differs in shape or dtype from the shards before it", shard);
+    ISOBATH_CHECK(total.sizes() == other.sizes() && total.scalar_type() == other.scalar_type() &&
+                      total.device() == other.device(),
+                  "shard {} differs in shape, dtype or device from the shards before it", shard);
   }
   added_[static_cast<size_t>(shard)] = true;
   partial_[{0, shard}] = std::move(total);
@@ -97,6 +97,7 @@ at::Tensor TreeSum::reduce_to(int root, const Communicator& comm, int tag) {
     ISOBATH_CHECK(owners_[s] != rank_ || added_[s], "shard {} was never added", s);
   }
 
+  for (auto& [node, sum] : partial_) sum = sum.cpu();
   // Owners ascend, so two ranks meet at most once per level, and tag + level is unambiguous.
   std::vector<Request> sends;
   int level = 0;

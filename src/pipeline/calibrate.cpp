@@ -8,6 +8,7 @@
 
 #include <fstream>
 #include <isobath/comm/cores.hpp>
+#include <isobath/comm/device_communicator.hpp>
 #include <isobath/comm/watchdog.hpp>
 #include <isobath/config/run_config.hpp>
 #include <isobath/core/host_memory.hpp>
@@ -24,6 +25,8 @@
 #include <isobath/plan/work.hpp>
 #include <isobath/quant/factor.hpp>
 #include <isobath/quant/solver.hpp>
+
+#include "calibrate_device.hpp"
 
 namespace isobath::pipeline {
 namespace {
@@ -43,7 +46,9 @@ class Calibration {
   explicit Calibration(const comm::Communicator& world) : world_(world), node_(world.node()) {
     cluster_.ranks_per_node = node_.size();
     cluster_.nodes = std::max(1, world.size() / node_.size());
-    cluster_.device = "cpu";
+    device_ = comm::select_device("auto", node_);
+    cluster_.device = device_.is_cuda() ? "cuda" : "cpu";
+    cluster_.memory.device_gib = static_cast<double>(comm::device_memory_bytes(device_)) / kGiB;
     cluster_.name = world.host();
     cluster_.host.threads = std::max(1, comm::cores_of(node_).per_rank);
     at::set_num_threads(static_cast<int>(cluster_.host.threads));
@@ -54,6 +59,9 @@ class Calibration {
     const at::NoGradGuard no_grad;
     products();
     elementwise();
+    // What the host computes with is what its devices compute with instead.
+    if (device_.is_cuda())
+      calibrate_device(cluster_, device_, [this](const auto& action) { return seconds_of(action); });
     solver();
     packing();
     network();
@@ -168,7 +176,7 @@ class Calibration {
                                   }) /
                                   1e9;
     const at::Tensor one = at::ones({1});
-    cluster_.compute.operation_us = 1e6 * seconds_of([&] { (void)at::add(one, one); });
+    operation_us_ = cluster_.compute.operation_us = 1e6 * seconds_of([&] { (void)at::add(one, one); });
     const at::Tensor large = at::ones({int64_t{16} << 20});
     cluster_.host.memory_gbs =
         12.0 * static_cast<double>(large.numel()) / seconds_of([&] { (void)at::add(large, large); }) / 1e9;
@@ -225,7 +233,7 @@ class Calibration {
     plan::Cluster::Network& network = cluster_.network;
     // Alone, nothing is sent; a copy in memory stands for it.
     network.within_node_gbs = cluster_.host.memory_gbs / 2;
-    network.latency_us = cluster_.compute.operation_us;
+    network.latency_us = operation_us_;
     if (cluster_.ranks_per_node > 1)
       network.within_node_gbs = static_cast<double>(kMessageBytes) / ring_s(node_, 1, out, in) / 1e9;
     network.between_nodes_gbs = network.within_node_gbs;
@@ -233,6 +241,41 @@ class Calibration {
       network.between_nodes_gbs = static_cast<double>(kMessageBytes) /
                                   ring_s(world_, static_cast<int>(cluster_.ranks_per_node), out, in) / 1e9;
     if (world_.size() > 1) network.latency_us = 1e6 * ring_s(world_, 1, small, small_in);
+    if (device_.is_cuda()) device_network();
+  }
+
+  void device_network() {
+    plan::Cluster::Network& network = cluster_.network;
+    const comm::DeviceCommunicator devices(world_, device_);
+    const at::TensorOptions bytes = at::TensorOptions(at::kByte).device(device_);
+    const at::Tensor out = at::zeros({kMessageBytes}, bytes);
+    at::Tensor in = at::empty({kMessageBytes}, bytes);
+    // The links that a pipeline has: to the next rank.
+    const auto link_s = [&](int distance) {
+      const int to = world_.rank() + distance, from = world_.rank() - distance;
+      const auto step = [&] {
+        auto arriving = from >= 0 ? devices.receive_async(in, from, 0) : comm::DeviceCommunicator::Transfer();
+        auto leaving =
+            to < world_.size() ? devices.send_async(out, to, 0) : comm::DeviceCommunicator::Transfer();
+        leaving.wait();
+        arriving.wait();
+      };
+      constexpr int kRounds = 16;
+      step();
+      world_.barrier();
+      const Timer timer;
+      for (int round = 0; round < kRounds; ++round) step();
+      return world_.all_reduce(timer.seconds() / kRounds, comm::Reduce::max);
+    };
+    network.device_within_node_gbs = cluster_.compute.memory_gbs / 2;
+    if (cluster_.ranks_per_node > 1)
+      network.device_within_node_gbs = static_cast<double>(kMessageBytes) / link_s(1) / 1e9;
+    network.device_between_nodes_gbs = network.device_within_node_gbs;
+    // One device a node: every neighbour is on another one.
+    if (cluster_.nodes > 1 && cluster_.ranks_per_node == 1)
+      network.device_between_nodes_gbs = static_cast<double>(kMessageBytes) / link_s(1) / 1e9;
+    else if (cluster_.nodes > 1)
+      network.device_between_nodes_gbs = network.between_nodes_gbs;
   }
 
   [[nodiscard]] fs::path scratch() const {
@@ -280,6 +323,8 @@ class Calibration {
 
   const comm::Communicator& world_;
   comm::Communicator node_;
+  c10::Device device_ = c10::Device(c10::kCPU);
+  double operation_us_ = 0;  ///< of the host
   plan::Cluster cluster_;
 };
 
@@ -300,13 +345,12 @@ std::string calibrate(const comm::Communicator& world) {
   const plan::Cluster cluster = Calibration(world).measure();
   log::info("calibrated {} rank{} in {:.0f} s", world.size(), world.size() == 1 ? "" : "s", timer.seconds());
   return plan::cluster_yaml(
-      cluster,
-      fmt::format("Measured by `isobath plan --calibrate` on {} rank{} of {} node{} at once, host memory "
-                  "only.{}",
-                  world.size(), world.size() == 1 ? "" : "s", cluster.nodes, cluster.nodes == 1 ? "" : "s",
-                  world.size() == 1    ? " One rank: the network's rates are those of a copy in memory."
-                  : cluster.nodes == 1 ? " One node: between_nodes is what was measured within it."
-                                       : ""));
+      cluster, fmt::format("Measured by `isobath plan --calibrate` on {} rank{} of {} node{} at once{}.{}",
+                           world.size(), world.size() == 1 ? "" : "s", cluster.nodes,
+                           cluster.nodes == 1 ? "" : "s", cluster.has_devices() ? ", each on its device" : "",
+                           world.size() == 1 ? " One rank: the network's rates are those of a copy in memory."
+                           : cluster.nodes == 1 ? " One node: between_nodes is what was measured within it."
+                                                : ""));
 }
 
 }  // namespace isobath::pipeline

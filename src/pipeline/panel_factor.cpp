@@ -29,7 +29,7 @@ static std::vector<at::Tensor> sum_in_passes(const PanelLayout& layout, const st
                         const at::Tensor& weights) { add(sums, x, original, weights); },
                     [&](int64_t shard) {
                       std::vector<at::Tensor> total = sums.take();
-                      for (size_t p = 0; p < trees.size(); ++p) trees[p].add(shard, total[p].cpu());
+                      for (size_t p = 0; p < trees.size(); ++p) trees[p].add(shard, std::move(total[p]));
                     });
     }
     const trace::Span span("reduction of H");
@@ -80,10 +80,11 @@ at::Tensor share_diagonal(const std::vector<at::Tensor>& panels, const PanelLayo
 }
 
 bool factorize_panels(std::vector<at::Tensor> panels, const PanelLayout& layout, quant::Factor& factor,
-                      const comm::Communicator& comm) {
+                      const comm::DeviceCommunicator& devices) {
   const trace::Span span("factorize panels");
+  const comm::Communicator& comm = devices.ranks();
   for (at::Tensor& panel : panels)
-    if (panel.defined()) panel = quant::damped_panel(panel, factor);
+    if (panel.defined()) panel = quant::damped_panel(panel.to(devices.device()), factor);
   factor.curvature.zero_();
   for (size_t p = panels.size(); p-- > 0;) {
     const int owner = layout.owner(p);
@@ -103,8 +104,10 @@ bool factorize_panels(std::vector<at::Tensor> panels, const PanelLayout& layout,
     comm.broadcast(std::span<int64_t>(is_positive), owner);
     if (is_positive[0] == 0) return false;
     if (p == 0) break;
-    if (comm.rank() != owner) current = at::empty({columns.end, columns.size()}, at::kDouble);
-    comm.broadcast(current, owner);
+    if (comm.rank() != owner)
+      current =
+          at::empty({columns.end, columns.size()}, at::TensorOptions(at::kDouble).device(devices.device()));
+    devices.broadcast(current, owner);
     for (size_t earlier = 0; earlier < p; ++earlier)
       if (panels[earlier].defined()) quant::subtract_panel(panels[earlier], current);
   }
@@ -113,33 +116,37 @@ bool factorize_panels(std::vector<at::Tensor> panels, const PanelLayout& layout,
 }
 
 static at::Tensor share_from(int owner, const at::Tensor& own, int64_t n_rows, int64_t n_columns,
-                             const comm::Communicator& comm) {
-  at::Tensor shared = comm.rank() == owner ? own : at::empty({n_rows, n_columns}, at::kFloat);
-  comm.broadcast(shared, owner);
+                             const comm::DeviceCommunicator& devices) {
+  at::Tensor shared =
+      devices.ranks().rank() == owner
+          ? own.to(devices.device())
+          : at::empty({n_rows, n_columns}, at::TensorOptions(at::kFloat).device(devices.device()));
+  devices.broadcast(shared, owner);
   return shared;
 }
 
 at::Tensor share_panel(const quant::Factor& factor, const PanelLayout& layout, size_t panel,
-                       const comm::Communicator& comm) {
+                       const comm::DeviceCommunicator& devices) {
   const trace::Span span("factor to all ranks");
   const Range columns = layout.columns[panel];
-  return share_from(layout.owner(panel), factor.panels[panel], columns.end, columns.size(), comm);
+  return share_from(layout.owner(panel), factor.panels[panel], columns.end, columns.size(), devices);
 }
 
 at::Tensor share_cross_panel(const at::Tensor& own, const PanelLayout& layout, size_t panel,
-                             const comm::Communicator& comm) {
+                             const comm::DeviceCommunicator& devices) {
   const trace::Span span("C to all ranks");
-  return share_from(layout.owner(panel), own, layout.columns.back().end, layout.columns[panel].size(), comm);
+  return share_from(layout.owner(panel), own, layout.columns.back().end, layout.columns[panel].size(),
+                    devices);
 }
 
 at::Tensor share_slab(const quant::Factor& factor, const PanelLayout& layout, Range columns,
-                      bool is_everywhere, const comm::Communicator& comm) {
+                      bool is_everywhere, const comm::DeviceCommunicator& devices) {
   const trace::Span span("factor to all ranks");
   return quant::slab_rows(layout.columns, columns, [&](size_t panel, Range rows) {
     const int owner = layout.owner(panel);
-    const bool is_here = is_everywhere || comm.rank() == owner;
+    const bool is_here = is_everywhere || devices.ranks().rank() == owner;
     const at::Tensor own = is_here ? factor.panels[panel].slice(0, rows.begin, rows.end) : at::Tensor();
-    return is_everywhere ? own : share_from(owner, own, rows.size(), layout.columns[panel].size(), comm);
+    return is_everywhere ? own : share_from(owner, own, rows.size(), layout.columns[panel].size(), devices);
   });
 }
 

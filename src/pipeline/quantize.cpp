@@ -65,7 +65,6 @@ class QuantizePass {
         generations_(run.path() / "checkpoint", session.config.checkpoint.keep, fingerprint, session.world()),
         output_(session, run.path()),
         solver_(session, calibration),
-        device_comm_(session.world(), session.device),
         n_travelled_(blocks_to_travel(session)),
         streams_(session, calibration, session.config.quantization.is_asymmetric()),
         is_weighted_(n_travelled_ > 0 && session.config.quantization.weighting == "sensitivity"),
@@ -127,7 +126,7 @@ class QuantizePass {
     if (!rows.defined())
       rows = at::empty({occurring.numel(), session_.model().d_model},
                        at::TensorOptions().dtype(session_.dtype).device(session_.device));
-    if (!all_ranks_hold_all()) device_comm_.broadcast(rows, owner);
+    if (!all_ranks_hold_all()) session_.devices->broadcast(rows, owner);
     streams_.embed(rows, place);
   }
 
@@ -153,7 +152,7 @@ class QuantizePass {
     if (all_ranks_hold_all()) return;
     const auto share = [&](at::Tensor& tensor, at::IntArrayRef shape) {
       if (!tensor.defined()) tensor = at::empty(shape, options);
-      arriving_.transfers.push_back(device_comm_.broadcast_async(tensor, owner));
+      arriving_.transfers.push_back(session_.devices->broadcast_async(tensor, owner));
     };
     share(arriving_.weights.input_norm, {model.d_model});
     share(arriving_.weights.post_attention_norm, {model.d_model});
@@ -359,7 +358,6 @@ class QuantizePass {
   checkpoint::GenerationStore generations_;
   ModelOutput output_;
   BlockSolver solver_;
-  comm::DeviceCommunicator device_comm_;
   int64_t n_travelled_;  // blocks that hidden states pass through: up to the last to solve
   HiddenStreams streams_;
   bool is_weighted_;  // D weights H, so there is something to estimate again

@@ -138,9 +138,9 @@ class SetRows::RowTiles {
       objectives_[tile][1] = objective.value();
       const Range rows = rows_in(tile);
       const int64_t first_row = own_rows().begin;
-      objectives_[tile][2] = quant::asymmetric_objective(
-          objective.value(), difference_of(tile),
-          corrected_->products({rows.begin - first_row, rows.end - first_row}).cpu());
+      objectives_[tile][2] =
+          quant::asymmetric_objective(objective.value(), difference_of(tile),
+                                      corrected_->products({rows.begin - first_row, rows.end - first_row}));
     }
     for (at::Tensor* part : {&matrix_.codes, &matrix_.scale, &matrix_.zero, &objectives_})
       share_disjoint(*part, session_.world());
@@ -170,10 +170,10 @@ class SetRows::RowTiles {
       tiles.push_back(quant::corrected(tile, correction, strength));
     return at::cat(tiles);
   }
-  /// Ŵ − W, 0 in dead columns.
+  /// Ŵ − W, 0 in dead columns, where panels of the factor come to.
   [[nodiscard]] at::Tensor difference_of(int64_t tile) const {
     at::Tensor difference = quant::dequantize(rows_of(matrix_, rows_in(tile))).to(at::kFloat) - tile_of(tile);
-    return difference.masked_fill_(unit_.factor.dead, 0);
+    return difference.masked_fill_(unit_.factor.dead, 0).to(session_.device);
   }
   [[nodiscard]] Range own_rows() const {
     return {share_.solved.begin * height_, std::min(n_rows_, share_.solved.end * height_)};
@@ -194,7 +194,7 @@ class SetRows::RowTiles {
       const at::Tensor original = tile_of(tile);
       const at::Tensor rounded =
           quant::dequantize(quant::round_to_nearest(original, {}, matrix_.spec)).to(at::kFloat);
-      differences_.emplace_back(tile, rounded - original);
+      differences_.emplace_back(tile, (rounded - original).to(session_.device));
     }
   }
 
@@ -261,7 +261,6 @@ void SetRows::round() {
 }
 
 void SetRows::solve(std::vector<Solved>& solved) {
-  const comm::Communicator& world = session_.world();
   const size_t n_panels = units_.front()->layout.columns.size();
   const bool refines = session_.config.quantization.refinement.sweeps > 0;
   const bool is_asymmetric = session_.config.quantization.asymmetric.is_on();
@@ -269,7 +268,7 @@ void SetRows::solve(std::vector<Solved>& solved) {
   if (is_everywhere())
     for (SolverUnit* unit : units_)
       for (size_t p = 0; p < n_panels && !unit->factor.failed; ++p)
-        unit->factor.panels[p] = share_panel(unit->factor, unit->layout, p, world);
+        unit->factor.panels[p] = share_panel(unit->factor, unit->layout, p, *session_.devices);
   if (is_asymmetric)
     for (size_t u = 0; u < units_.size(); ++u) correct(u);
   {
@@ -306,7 +305,7 @@ bool SetRows::is_everywhere() const {
 }
 
 at::Tensor SetRows::panel_of(const quant::Factor& factor, const SolverUnit& unit, size_t panel) const {
-  return is_everywhere() ? factor.panels[panel] : share_panel(factor, unit.layout, panel, session_.world());
+  return is_everywhere() ? factor.panels[panel] : share_panel(factor, unit.layout, panel, *session_.devices);
 }
 
 void SetRows::correct(size_t u) {
@@ -320,7 +319,7 @@ void SetRows::correct(size_t u) {
   };
   for (RowTiles& module : modules_[u]) module.begin_correction();
   for (size_t p = 0; p < columns.size(); ++p) {
-    const at::Tensor c = share_cross_panel(unit.c_panels[p], unit.layout, p, session_.world());
+    const at::Tensor c = share_cross_panel(unit.c_panels[p], unit.layout, p, *session_.devices);
     unit.c_panels[p].reset();
     for_each([&](quant::CorrectedRows& rows) { rows.multiply(c, columns[p]); });
   }
@@ -328,7 +327,7 @@ void SetRows::correct(size_t u) {
   if (unit.correction.defined()) return;
   if (is_everywhere())
     for (size_t p = 0; p < columns.size(); ++p)
-      factor.panels[p] = share_panel(factor, unit.layout, p, session_.world());
+      factor.panels[p] = share_panel(factor, unit.layout, p, *session_.devices);
   for (size_t p = columns.size(); p-- > 0;) {
     const at::Tensor panel = panel_of(factor, unit, p);
     for_each([&](quant::CorrectedRows& rows) { rows.substitute_back(panel); });
@@ -351,9 +350,9 @@ void SetRows::refine(size_t u) {
   for (auto& [width, modules] : by_width)
     for (int64_t pass = 0; pass <= session_.config.quantization.refinement.sweeps; ++pass)
       for (const Range& columns : quant::refinement_slabs(layout.columns, width)) {
-        const at::Tensor rows = share_slab(factor, layout, columns, is_everywhere(), session_.world());
+        const at::Tensor rows = share_slab(factor, layout, columns, is_everywhere(), *session_.devices);
         const trace::Span span("refine rows");
-        const quant::Slab slab(columns, rows.to(session_.device), factor, pass > 0);
+        const quant::Slab slab(columns, rows, factor, pass > 0);
         for (RowTiles* module : modules)
           if (std::optional<quant::Refiner>& refiner = module->refiner())
             pass == 0 ? refiner->load(slab) : refiner->sweep(slab);

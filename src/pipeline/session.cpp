@@ -160,6 +160,7 @@ Session open_session(const config::RunConfig& config, int64_t n_microbatches,
                                                  kept_activations(session.config, session.dtype));
   });
   session.grid = std::make_unique<comm::Grid>(world, shape);
+  session.devices = std::make_unique<comm::DeviceCommunicator>(session.world(), session.device);
   session.threads = choose_threads(config, world, node);
   at::set_num_threads(session.threads);
   log::info("ranks {} = stages {} x replicas {}, threads per rank {}, {} on {}{}", world.size(), shape.stages,

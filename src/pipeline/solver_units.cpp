@@ -157,8 +157,8 @@ void accumulate(const Session& session, const CalibrationSet& calibration,
       },
       [&](int64_t shard) {
         for (Sums& sum : sums) {
-          sum.h_tree.add(shard, sum.h.take_upper().cpu());
-          if (with_cross) sum.c_tree.add(shard, sum.c->take().front().cpu());
+          sum.h_tree.add(shard, sum.h.take_upper());
+          if (with_cross) sum.c_tree.add(shard, sum.c->take().front());
         }
       });
   span.emplace("reduction of H");
@@ -173,11 +173,11 @@ void accumulate(const Session& session, const CalibrationSet& calibration,
 
 // Of panels that are still needed.
 static void factorize_ridge(const std::vector<at::Tensor>& panels, const at::Tensor& diagonal, double ridge,
-                            SolverUnit& unit, const comm::Communicator& world) {
+                            SolverUnit& unit, const comm::DeviceCommunicator& devices) {
   const quant::FactorSpec spec = quant::ridge_spec(ridge);
   unit.ridge_factor = quant::factor_of_diagonal(diagonal, spec);
   do {
-    if (factorize_panels(panels, unit.layout, unit.ridge_factor, world)) return;
+    if (factorize_panels(panels, unit.layout, unit.ridge_factor, devices)) return;
   } while (quant::raise_damping(unit.ridge_factor, spec));
   quant::check_ridge(unit.ridge_factor);
 }
@@ -204,10 +204,10 @@ void factorize_spread(const Session& session, const CalibrationSet& calibration,
     if (is_first) {
       const at::Tensor diagonal = share_diagonal(panels, unit.layout, world);
       unit.factor = quant::factor_of_diagonal(diagonal, spec);
-      if (asymmetric.is_on()) factorize_ridge(panels, diagonal, asymmetric.ridge, unit, world);
+      if (asymmetric.is_on()) factorize_ridge(panels, diagonal, asymmetric.ridge, unit, *session.devices);
     }
     is_first = false;
-    is_done = factorize_panels(std::move(panels), unit.layout, unit.factor, world);
+    is_done = factorize_panels(std::move(panels), unit.layout, unit.factor, *session.devices);
   } while (!is_done && quant::raise_damping(unit.factor, spec));
   if (is_done && asymmetric.is_on())
     unit.c_panels = sum_cross_panels(unit.layout, owners, world, session.device, for_each_rows);

@@ -55,13 +55,14 @@ class BlockTime {
     return static_cast<double>(job_.layout.sequences_per_rank) * job_.length();
   }
 
-  /// Work on rows that stand on devices where there are some: products in f32, and passes over memory. The
-  /// loops over columns are priced as the host's: no device has timed them.
-  [[nodiscard]] Work where_rows_are(Work work) const {
-    if (!job_.cluster.has_devices()) return work;
-    work.f32_flops += std::exchange(work.thin_flops, 0);
-    work.traffic_bytes += std::exchange(work.host_traffic_bytes, 0);
-    return work;
+  /// Of work where rows stand: on devices where there are some.
+  [[nodiscard]] double rows_time(const Work& work) const {
+    return seconds_of_rows(work, job_.cluster, job_.computes_bf16);
+  }
+  /// Of one factorization of an H in panels that all ranks share, which come from the host.
+  [[nodiscard]] double spread_factor_time(double d) const {
+    const auto n_ranks = static_cast<double>(job_.layout.n_ranks());
+    return rows_time(factorize_spread(d, n_ranks) + Work{.host_link_bytes = 4 * panel_entries(d) / n_ranks});
   }
 
   void share_weights() {
@@ -95,17 +96,17 @@ class BlockTime {
     const double d = channels(set);
     const auto units = static_cast<double>(job_.units_of(set));
     const auto n_local_shards = static_cast<double>(job_.layout.shards_per_rank);
-    const Work tree_add{.host_traffic_bytes = (n_local_shards - 1) * 12 * d * d};  // on this rank
     const bool is_spread = job_.is_spread(d);
     const double share = is_spread ? panel_entries(d) / (d * d) : 1;
     const double passes = is_spread ? std::ceil(d / (6 * panel_columns())) : 1;
-    covariance_ += units * time(covariance_sum(job_.shapes, local_tokens(), d, n_local_shards, is_spread));
+    covariance_ +=
+        units * rows_time(covariance_sum(job_.shapes, local_tokens(), d, n_local_shards, is_spread));
     if (!is_spread) covariance_ += std::ceil(units / job_.layout.n_ranks()) * time(covariance_mirror(d));
     if (shrinks()) covariance_ += time(trace_pass(job_.shapes, local_tokens(), d));
     const Work cross = cross_covariance_add(job_.shapes, local_tokens(), d);
     if (job_.is_asymmetric())
-      correction_ += units * time(cross + Work{.traffic_bytes = (passes - 1) * cross.traffic_bytes} +
-                                  n_local_shards * cross_covariance_close(d) + tree_add);
+      correction_ += units * rows_time(cross + Work{.traffic_bytes = (passes - 1) * cross.traffic_bytes} +
+                                       covariance_shards(d, n_local_shards));
     // Roots rotate: all but one in n_ranks need the move from rank 0.
     const double matrices = job_.is_asymmetric() ? 2 : 1;
     reduction_ += matrices * units * tree_sum_s(job_, share * 4 * d * d, job_.layout.n_ranks() > 1);
@@ -119,40 +120,40 @@ class BlockTime {
     const auto mine = static_cast<double>(job_.units_of_root(set));
     const config::Asymmetric& asymmetric = job_.config.quantization.asymmetric;
     const bool is_spread = job_.is_spread(d);
-    factor_ += is_spread ? units * time(factorize_spread(d, static_cast<double>(job_.layout.n_ranks())))
-                         : mine * time(factorize(d));
+    factor_ += is_spread ? units * spread_factor_time(d)
+                         : mine * time(factorize(d) + Work{.host_link_bytes = 4 * panel_entries(d)});
     const double n_panels = std::ceil(d / panel_columns());
     const auto all_panels_s = [&](double element) {
-      return n_panels * broadcast_s(job_, Buffers::host, element * panel_entries(d) / n_panels);
+      return n_panels * broadcast_s(job_, Buffers::device, element * panel_entries(d) / n_panels);
     };
     factor_out_ += units * (all_panels_s(4) + (is_spread ? all_panels_s(8) : 0));
     // Small factors are everywhere; of wider ones every use sends the panels again.
     const bool is_everywhere = d <= static_cast<double>(quant::kWholeColumns);
     if (job_.is_asymmetric()) {
       const bool is_qep = asymmetric.correction == "qep";
-      const double matrix_s = broadcast_s(job_, Buffers::host, 4 * d * d);
+      const double matrix_s = broadcast_s(job_, Buffers::device, 4 * d * d);
       // C; gptaq's M; panels of the ridge factor back and forth, and those of the factor for the objective.
       factor_out_ +=
           units * (matrix_s + (is_qep ? (is_everywhere ? 1 : 2) * all_panels_s(4) : matrix_s) +
                    (is_qep && is_spread ? all_panels_s(8) : 0) + (is_everywhere ? 0 : all_panels_s(4)));
-      // C and the panels of the ridge factor to the device, these twice.
-      correction_ += units * time({.host_link_bytes = 4 * d * d + (is_qep ? 8 * panel_entries(d) : 0)});
-      correction_ += !is_qep ? mine * time(gptaq_correction(d))
-                     : is_spread
-                         ? units * time(factorize_spread(d, static_cast<double>(job_.layout.n_ranks())))
-                         : mine * time(factorize(d));
+      // C comes from the host of whoever has it.
+      const double owners = is_spread ? static_cast<double>(job_.layout.n_ranks()) : 1;
+      correction_ += units * time({.host_link_bytes = 4 * d * d / owners});
+      correction_ += !is_qep     ? mine * time(gptaq_correction(d))
+                     : is_spread ? units * spread_factor_time(d)
+                                 : mine * time(factorize(d));
     }
     if (!job_.refines()) return;
     const auto passes = static_cast<double>(1 + job_.config.quantization.refinement.sweeps);
-    refinement_ += units * (time(where_rows_are(refine_slabs(d, job_.config.quantization))) +
-                            time({.host_link_bytes = passes * 4 * panel_entries(d)}));
+    refinement_ += units * rows_time(refine_slabs(d, job_.config.quantization));
     if (!is_everywhere) factor_out_ += units * passes * all_panels_s(4);
   }
 
   void rows(int set) {
     const double d = channels(set);
     const config::Quantization& q = job_.config.quantization;
-    const double threads = job_.cluster.host.threads;
+    // A device takes all rows at once.
+    const double threads = job_.cluster.has_devices() ? 1 : job_.cluster.host.threads;
     const double groups = job_.is_weighted() ? static_cast<double>(job_.config.sensitivity.row_groups) : 1;
     for (const model::Projection p : model::input_set(set)) {
       const auto shape = model::module_shape(job_.model, p);
@@ -163,21 +164,27 @@ class BlockTime {
       const auto height = static_cast<double>(quant::tile_rows(static_cast<int64_t>(group_rows)));
       const double element = job_.shapes.element_bytes;
       if (job_.uses_covariance()) {
-        rows_ += time(solve_rows(mine, d, q, height, threads) + Work{.host_link_bytes = element * mine * d});
+        rows_ +=
+            rows_time(solve_rows(mine, d, q, height, threads) + Work{.host_link_bytes = element * mine * d});
         codes_ += all_reduce_s(job_, n_rows * d * (1 + (element + 1) / group_columns(d)));
-        objective_ += time(score(mine, d, q, threads, job_.is_asymmetric()));
-        if (job_.refines()) refinement_ += time(where_rows_are(refine_rows(mine, d, q, threads)));
-        if (job_.is_asymmetric()) correction_ += time(where_rows_are(correct_rows(mine, d)));
+        objective(score(mine, d, q, job_.cluster.host.threads, job_.is_asymmetric()));
+        if (job_.refines()) refinement_ += rows_time(refine_rows(mine, d, q, threads));
+        if (job_.is_asymmetric()) correction_ += rows_time(correct_rows(mine, d));
       } else {
         // Every rank rounds all rows; H is the identity.
-        rows_ +=
-            time({.candidates = n_rows * d * candidate_grids(q.bits, q.symmetric, q.clip_search) / threads});
+        rows_ += time({.candidates = n_rows * d * candidate_grids(q.bits, q.symmetric, q.clip_search) /
+                                     job_.cluster.host.threads});
         constexpr double kDifferenceTraffic = 27 + 12 + 8 + 4;  // dequantize, difference, square, sum
         objective_ += time({.host_traffic_bytes = kDifferenceTraffic * n_rows * d});
       }
       rows_ +=
           time({.host_link_bytes = element * n_rows * d, .host_traffic_bytes = kCodeTraffic * n_rows * d});
     }
+  }
+
+  // Rows are rounded on the host; what that costs is judged where panels of the factor come to.
+  void objective(Work work) {
+    objective_ += rows_time({.thin_flops = std::exchange(work.thin_flops, 0)}) + time(work);
   }
 
   // A thread of one rank packs, writes, and reads back for the digest of its record, while the next block is

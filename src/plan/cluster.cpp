@@ -10,7 +10,7 @@
 namespace isobath::plan {
 namespace {
 
-enum class Need { always, with_devices, with_kernels, optional };
+enum class Need { always, with_devices, with_gram, optional };
 
 /// One number of a cluster description: the source of parsing, writing and documentation.
 struct Field {
@@ -55,7 +55,7 @@ const std::vector<Field>& fields() {
           [](auto& c) -> auto& { return c.compute.f32_tflops; }),
       number(
           "compute.covariance_tflops", "TFLOP/s", "covariance kernel of one rank, what it executes",
-          with_kernels, [](auto& c) -> auto& { return c.compute.covariance_tflops; }),
+          with_gram, [](auto& c) -> auto& { return c.compute.covariance_tflops; }),
       number(
           "compute.attention_tflops", "TFLOP/s", "attention of one rank, causal pairs counted", always,
           [](auto& c) -> auto& { return c.compute.attention_tflops; }),
@@ -92,6 +92,24 @@ const std::vector<Field>& fields() {
       number(
           "host.memory_gbs", "GB/s", "host memory, a rank's share, read + written", always,
           [](auto& c) -> auto& { return c.host.memory_gbs; }),
+      number(
+          "rows.f64_factor_tflops", "TFLOP/s", "f64 triangular solve with 128 columns", with_devices,
+          [](auto& c) -> auto& { return c.rows.f64_factor_tflops; }),
+      number(
+          "rows.f64_gemm_tflops", "TFLOP/s", "f64 matrix product (factorization)", with_devices,
+          [](auto& c) -> auto& { return c.rows.f64_gemm_tflops; }),
+      number(
+          "rows.product_tflops", "TFLOP/s", "f32 product of the rows' kernels", with_devices,
+          [](auto& c) -> auto& { return c.rows.product_tflops; }),
+      number(
+          "rows.column_us", "us", "a column of the column loop beyond its products, all rows together",
+          with_devices, [](auto& c) -> auto& { return c.rows.column_us; }),
+      number(
+          "rows.refined_column_us", "us", "the same of a sweep of refinement", with_devices,
+          [](auto& c) -> auto& { return c.rows.refined_column_us; }),
+      number(
+          "rows.candidate_gps", "1e9/s", "weights x candidate grids of the clip search", with_devices,
+          [](auto& c) -> auto& { return c.rows.candidate_gps; }),
       number(
           "network.within_node_gbs", "GB/s", "MPI, each rank when all send, on one node", always,
           [](auto& c) -> auto& { return c.network.within_node_gbs; }),
@@ -277,7 +295,7 @@ std::string cluster_yaml(const Cluster& cluster, const std::string& comment) {
   std::string section;
   for (const Field& field : fields()) {
     if (field.need == Need::with_devices && !cluster.has_devices()) continue;
-    if (field.need == Need::with_kernels && !cluster.has_kernels()) continue;
+    if (field.need == Need::with_gram && !cluster.has_gram()) continue;
     const size_t dot = field.key.find('.');
     const std::string of_key = dot == std::string::npos ? "" : field.key.substr(0, dot);
     if (of_key != section) text += of_key + ":\n";
@@ -298,9 +316,9 @@ std::string cluster_keys_markdown() {
         fmt::format("| `{}` | {} | {}{} |\n", field.key, field.unit, field.meaning,
                     field.need == Need::optional       ? " (default 1)"
                     : field.need == Need::with_devices ? " (only with cuda)"
-                    : field.need == Need::with_kernels ? " (only with cpu: bf16 with AVX-512 BF16, f32 with "
-                                                         "AVX2; without it ATen's operations are counted)"
-                                                       : "");
+                    : field.need == Need::with_gram ? " (CPUs: bf16 with AVX-512 BF16 or AMX, f32 with AVX2; "
+                                                      "without it ATen's operations are counted)"
+                                                    : "");
   return text;
 }
 

@@ -56,7 +56,8 @@ Job::Job(const config::RunConfig& config, const model::ModelConfig& model, const
       computes_bf16(plan::computes_bf16(config, model, cluster)),
       layout(Layout::of(config.calibration, model, stages, replicas, kept_activations())),
       shapes(Shapes::of(model, computes_bf16,
-                        cluster.has_kernels() && computes_bf16 == cluster.prefers_bf16())) {}
+                        cluster.has_kernels() && computes_bf16 == cluster.prefers_bf16(),
+                        cluster.has_gram() && computes_bf16 == cluster.prefers_bf16())) {}
 
 double Job::token_weight_bytes() const {
   return 4.0 * model::kProjections * static_cast<double>(config.sensitivity.row_groups) * n_tokens();

@@ -266,7 +266,7 @@ RankMemory quantize_memory(const Job& job, int stage) {
   // copies that the covariances make of their input.
   const double n = static_cast<double>(layout.largest_microbatch) * job.length();
   // The f32 kernel packs its input twice, for large inputs in pieces.
-  const double copies = (s.has_kernels && e < 4 ? e : 8) + (job.is_asymmetric() ? 8 + 2 * e : 0);
+  const double copies = (s.has_gram && e < 4 ? e : 8) + (job.is_asymmetric() ? 8 + 2 * e : 0);
   memory.items.push_back({"hidden states", static_cast<double>(job.streams()) * local_tokens * e *
                                                    (s.d + std::max(s.d_query, s.f)) +
                                                n * std::max(2 * e, copies) * s.f});

@@ -29,12 +29,12 @@ namespace {
 // M of gptaq at its peak: five f64 matrices and the result.
 constexpr double kGptaqBytes = 5 * 8 + 4;
 
-/// What solving an input set holds on a rank, by phase; `root` beyond it on a rank that factorizes.
+/// What solving an input set holds on a rank, by phase. Without devices the host holds both.
 struct SolverMemory {
   double device_sums = 0;  ///< while H is summed
   double host_sums = 0;    ///< partial sums, and panels of H that are complete
-  double factorizing = 0;
-  double solving = 0;
+  double device_factorizing = 0, factorizing = 0;
+  double device_solving = 0, solving = 0;
 };
 
 /// Rows in work on one rank: what the column loop holds of its tiles of the modules that are solved together:
@@ -69,8 +69,7 @@ RowMemory row_memory(const Job& job, int set, double d) {
   const double in_work =
       std::max((starting - kHeld) * largest + 4 * std::min(d, panel_columns()) * d,
                job.refines() ? 4 * slab * (2 * d + slab) + 5 * 4 * slab * weights / d : 0.0);
-  return {.host = (job.is_asymmetric() ? 4 : 1) * weights + 4 * slab * d,
-          .device = (target + kHeld) * weights + in_work};
+  return {.host = weights, .device = (target + kHeld) * weights + in_work};
 }
 
 SolverMemory whole_memory(const Job& job, int set, double d) {
@@ -78,20 +77,24 @@ SolverMemory whole_memory(const Job& job, int set, double d) {
   const auto units = static_cast<double>(job.units_of(set)),
              mine = static_cast<double>(job.units_of_root(set));
   SolverMemory memory;
-  memory.device_sums = sums * units * matrix;
-  // One partial sum arrives.
-  memory.host_sums = (sums * units * tree_levels(job.layout.shards_per_rank) + 1) * matrix;
+  // One partial sum arrives; on devices the others stay there until all shards are done.
+  const bool has_devices = job.cluster.has_devices();
+  const double partial = sums * units * tree_levels(job.layout.shards_per_rank) * matrix;
+  memory.device_sums = sums * units * matrix + (has_devices ? partial : 0);
+  memory.host_sums = (has_devices ? mine * sums * matrix + matrix : partial) + matrix;
   // H and C of its own units, the factors of those it has done, and one in f64; or gptaq's M in work.
   const bool is_qep = job.is_qep(), is_gptaq = job.is_asymmetric() && !is_qep;
   const double factors = is_qep ? 2 : 1, done = factors * 4 * triangle + (is_gptaq ? matrix : 0);
   memory.factorizing = mine * sums * matrix + (mine - 1) * done + (factors - 1) * 4 * triangle +
                        (is_gptaq ? 4 * triangle + kGptaqBytes * d * d : 8 * triangle);
-  // Small factors go to all ranks at once, those of wider ones panel by panel; M is everywhere, C on the
-  // roots but for a panel of it.
+  // Small factors go to all ranks at once, those of wider ones panel by panel, to the devices where there are
+  // some; M is everywhere, C on the roots but for a panel of it.
   const bool at_once = d <= static_cast<double>(quant::kWholeColumns);
   const double panel = 4 * std::min(d, panel_columns()) * d;
-  memory.solving = (at_once ? units : mine) * factors * 4 * triangle + (is_gptaq ? units * matrix : 0) +
-                   (job.is_asymmetric() ? mine * matrix + panel : 0) + (at_once ? 0 : panel);
+  memory.device_solving = (at_once ? units * factors * 4 * triangle : panel) +
+                          (job.is_asymmetric() ? panel : 0) + (is_gptaq && has_devices ? matrix : 0);
+  memory.solving = (at_once ? 0 : mine * factors * 4 * triangle) + (is_gptaq ? units * matrix : 0) +
+                   (job.is_asymmetric() ? mine * matrix : 0);
   return memory;
 }
 
@@ -102,20 +105,28 @@ SolverMemory spread_memory(const Job& job, double d) {
   SolverMemory memory;
   // The first pass sums the widest panels, when none is complete; the last one when all are.
   constexpr double kPanelsPerPass = 6;  // pipeline/panel_factor.hpp
-  memory.device_sums = 4 * kPanelsPerPass * panel;
-  memory.host_sums = std::max(4 * (kPanelsPerPass * tree_levels(job.layout.shards_per_rank) + 1) * panel,
-                              4 * own - memory.device_sums);
-  // A panel on its way, its columns divided, and the result in f32.
-  memory.factorizing = 8 * own + (8 + 8 + 4) * panel;
-  memory.solving = 4 * own + 4 * panel;
+  const bool has_devices = job.cluster.has_devices();
+  const double partial = 4 * kPanelsPerPass * tree_levels(job.layout.shards_per_rank) * panel;
+  memory.device_sums = 4 * kPanelsPerPass * panel + (has_devices ? partial : 0);
+  memory.host_sums =
+      has_devices ? 4 * own + 2 * 4 * panel : std::max(partial + 4 * panel, 4 * own - memory.device_sums);
+  // A panel on its way, its columns divided, and the result in f32. A device takes panels from the host's H.
+  memory.device_factorizing = 8 * own + (8 + 8 + 4) * panel;
+  memory.factorizing = has_devices ? 4 * own : 0;
+  memory.device_solving = 4 * own + 4 * panel;
   if (!job.is_qep()) return memory;
   // H is kept until its second factor is there; then panels of C are summed beside both.
   const double c = 4 * d * d / ranks, factors = 2 * 4 * own;
-  memory.factorizing =
-      std::max(memory.factorizing + 4 * own,
-               factors + c + (job.cluster.has_devices() ? 0 : memory.device_sums) +
-                   4 * (kPanelsPerPass * tree_levels(job.layout.shards_per_rank) + 1) * panel);
-  memory.solving = factors + c + 2 * 4 * panel;
+  memory.device_factorizing += 4 * own;
+  if (has_devices) {
+    memory.device_factorizing = std::max(memory.device_factorizing, factors + memory.device_sums);
+    memory.factorizing = std::max(memory.factorizing, c + 2 * 4 * panel);
+  } else {
+    memory.device_factorizing =
+        std::max(memory.device_factorizing, factors + c + memory.device_sums + partial + 4 * panel);
+  }
+  memory.device_solving = factors + 2 * 4 * panel;
+  memory.solving = c;
   return memory;
 }
 
@@ -130,13 +141,18 @@ void add_solver(const Job& job, RankMemory& memory) {
     const auto d = static_cast<double>(model::module_shape(job.model, model::input_set(set).front()).columns);
     const SolverMemory phases = job.is_spread(d) ? spread_memory(job, d) : whole_memory(job, set, d);
     const RowMemory rows = row_memory(job, set, d);
-    h.device_bytes = std::max({h.device_bytes, phases.device_sums, rows.device});
-    host = std::max(
-        {host, (has_devices ? 0 : phases.device_sums) + phases.host_sums, phases.solving + rows.host});
+    const double on_host = has_devices ? 0 : 1;
+    h.device_bytes = std::max(h.device_bytes, phases.device_sums);
+    if (has_devices)
+      h.device_bytes =
+          std::max({h.device_bytes, phases.device_factorizing, phases.device_solving + rows.device});
+    host = std::max({host, on_host * phases.device_sums + phases.host_sums,
+                     on_host * phases.device_solving + phases.solving + rows.host});
+    const double factorizing_here = on_host * phases.device_factorizing + phases.factorizing;
     if (job.is_spread(d))
-      host = std::max(host, phases.factorizing);  // all ranks do
+      host = std::max(host, factorizing_here);  // all ranks do
     else
-      factorizing[static_cast<size_t>(set)] = phases.factorizing;
+      factorizing[static_cast<size_t>(set)] = factorizing_here;
   }
   // Without devices the same memory holds all of it.
   h.host_bytes = host - (has_devices ? 0 : h.device_bytes);

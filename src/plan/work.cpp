@@ -1,6 +1,8 @@
 #include <isobath/plan/work.hpp>
+
 #include <isobath/quant/row_solver.hpp>
 #include <isobath/quant/slab.hpp>
+#include <utility>
 
 namespace isobath::plan {
 namespace {
@@ -70,6 +72,8 @@ Work& Work::operator+=(const Work& other) {
   f64_gemm_flops += other.f64_gemm_flops;
   thin_flops += other.thin_flops;
   column_flops += other.column_flops;
+  columns += other.columns;
+  refined_columns += other.refined_columns;
   candidates += other.candidates;
   packed_codes += other.packed_codes;
   host_traffic_bytes += other.host_traffic_bytes;
@@ -88,6 +92,8 @@ Work operator*(double factor, const Work& work) {
           .f64_gemm_flops = factor * work.f64_gemm_flops,
           .thin_flops = factor * work.thin_flops,
           .column_flops = factor * work.column_flops,
+          .columns = factor * work.columns,
+          .refined_columns = factor * work.refined_columns,
           .candidates = factor * work.candidates,
           .packed_codes = factor * work.packed_codes,
           .host_traffic_bytes = factor * work.host_traffic_bytes};
@@ -114,6 +120,19 @@ double seconds(const Work& work, const Cluster& cluster, bool computes_bf16) {
   return total;
 }
 
+double seconds_of_rows(const Work& work, const Cluster& cluster, bool computes_bf16) {
+  if (!cluster.has_devices()) return seconds(work, cluster, computes_bf16);
+  const Cluster::Rows& r = cluster.rows;
+  Work others = work;
+  others.traffic_bytes += std::exchange(others.host_traffic_bytes, 0);
+  others.f64_factor_flops = others.f64_gemm_flops = others.thin_flops = others.column_flops =
+      others.candidates = 0;
+  return seconds(others, cluster, computes_bf16) + work.f64_factor_flops / (kTera * r.f64_factor_tflops) +
+         work.f64_gemm_flops / (kTera * r.f64_gemm_tflops) + work.thin_flops / (kTera * r.product_tflops) +
+         work.columns * r.column_us * kMicro + work.refined_columns * r.refined_column_us * kMicro +
+         work.candidates / (kGiga * r.candidate_gps);
+}
+
 Passes Passes::of(double e, bool has_kernels) {
   // norm: x twice, out. Backward: x three times, the gradient twice, the residual, out.
   if (has_kernels)
@@ -137,11 +156,12 @@ Passes Passes::of(double e, bool has_kernels) {
           .heads = 2 * e};
 }
 
-Shapes Shapes::of(const model::ModelConfig& model, bool computes_bf16, bool has_kernels) {
+Shapes Shapes::of(const model::ModelConfig& model, bool computes_bf16, bool has_kernels, bool has_gram) {
   const double e = computes_bf16 ? 2.0 : 4.0;
   Shapes shapes{.model = &model,
                 .element_bytes = e,
                 .has_kernels = has_kernels,
+                .has_gram = has_gram,
                 .passes = Passes::of(e, has_kernels),
                 .d = static_cast<double>(model.d_model),
                 .f = static_cast<double>(model.d_ff),
@@ -325,6 +345,7 @@ Work solve_rows(double n_rows, double d, const config::Quantization& q, double h
                busiest = std::min(rows, busiest_rows(n_rows, height, threads));
   return {.thin_flops = rows * d * std::max(0.0, d - kColumnBlock),
           .column_flops = busiest * d * kColumnBlock,
+          .columns = d,
           .candidates = busiest * d * candidate_grids(q.bits, q.symmetric, q.clip_search),
           .host_traffic_bytes = 16 * rows * d};
 }
@@ -336,6 +357,7 @@ Work refine_rows(double n_rows, double d, const config::Quantization& q, double 
   const double own = group > slab ? 0 : q.symmetric ? 3 : 7;
   return {.thin_flops = 2 * rows * d * (d / 2 + sweeps * (d + 2 * slab + own * group)),
           .column_flops = sweeps * busiest_rows(n_rows, kTileRows, threads) * d * kColumnBlock,
+          .refined_columns = sweeps * d,
           .host_traffic_bytes = (1 + sweeps) * 24 * rows * d};
 }
 

@@ -49,7 +49,7 @@ Factor factor_of_diagonal(const at::Tensor& diagonal, const FactorSpec& spec) {
 
 at::Tensor damped_panel(const at::Tensor& columns, const Factor& factor) {
   const int64_t end = columns.size(0), width = columns.size(1), begin = end - width;
-  const at::Tensor dead = factor.dead.index_select(0, factor.order.slice(0, 0, end));
+  const at::Tensor dead = factor.dead.index_select(0, factor.order.slice(0, 0, end)).to(columns.device());
   const at::Tensor own_dead = dead.slice(0, begin);
   at::Tensor panel = columns.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true);
   panel.masked_fill_(dead.unsqueeze(1), 0).masked_fill_(own_dead.unsqueeze(0), 0);

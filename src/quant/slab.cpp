@@ -25,13 +25,15 @@ std::vector<Range> refinement_slabs(const std::vector<Range>& panels, int64_t gr
 
 at::Tensor slab_rows(const std::vector<Range>& panels, Range columns,
                      const std::function<at::Tensor(size_t panel, Range rows)>& part) {
-  at::Tensor rows = at::zeros({columns.size(), panels.back().end - columns.begin}, at::kFloat);
+  at::Tensor rows;
   for (size_t p = 0; p < panels.size(); ++p) {
     if (panels[p].end <= columns.begin) continue;
     const Range above{columns.begin, std::min(columns.end, panels[p].end)};
+    const at::Tensor own = part(p, above);
+    if (!rows.defined()) rows = at::zeros({columns.size(), panels.back().end - columns.begin}, own.options());
     rows.slice(0, 0, above.size())
         .slice(1, panels[p].begin - columns.begin, panels[p].end - columns.begin)
-        .copy_(part(p, above));
+        .copy_(own);
   }
   return rows;
 }

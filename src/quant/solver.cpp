@@ -80,14 +80,15 @@ double objective(const at::Tensor& w, const at::Tensor& w_hat, const at::Tensor&
 }
 
 FactoredObjective::FactoredObjective(const at::Tensor& difference, const Factor& factor)
-    : factor_(factor), errors_(difference.index_select(1, factor.order).t().contiguous()) {
-  errors_.masked_fill_(factor.dead.index_select(0, factor.order).unsqueeze(1), 0);
+    : factor_(factor),
+      errors_(difference.index_select(1, factor.order.to(difference.device())).t().contiguous()) {
+  errors_.masked_fill_(factor.dead.index_select(0, factor.order).to(errors_.device()).unsqueeze(1), 0);
 }
 
 void FactoredObjective::advance(const at::Tensor& panel) {
   const int64_t end = panel.size(0);
-  const at::Tensor products = panel.t().mm(errors_.slice(0, 0, end));
-  const at::Tensor curvature = factor_.curvature.slice(0, end - panel.size(1), end);
+  const at::Tensor products = panel.to(errors_.device()).t().mm(errors_.slice(0, 0, end));
+  const at::Tensor curvature = factor_.curvature.slice(0, end - panel.size(1), end).to(errors_.device());
   squares_ += (products.square().sum(1, false, at::kDouble) * curvature).sum().item<double>();
 }
 

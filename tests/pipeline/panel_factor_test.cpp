@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <isobath/comm/device_communicator.hpp>
 #include <isobath/core/error.hpp>
 #include <isobath/pipeline/panel_factor.hpp>
 #include <isobath/pipeline/share.hpp>
@@ -38,7 +39,9 @@ struct Result {
 };
 
 /// H of all shards in panels, its factor, and the codes of all rows, by the ranks of `comm`.
-Result run(const comm::Communicator& comm, int64_t width, double damping, int first_owner) {
+Result run(const comm::Communicator& comm, int64_t width, double damping, int first_owner,
+           c10::Device device = c10::Device(c10::kCPU)) {
+  const comm::DeviceCommunicator devices(comm, device);
   const PanelLayout layout{.columns = quant::column_panels(kColumns, width),
                            .first_owner = first_owner % comm.size(),
                            .n_ranks = comm.size()};
@@ -47,21 +50,21 @@ Result run(const comm::Communicator& comm, int64_t width, double damping, int fi
     owners.push_back(static_cast<int>(owner_of(shard, kShards, comm.size())));
   const quant::FactorSpec spec{.damping = damping, .panel_width = width};
   std::vector<at::Tensor> panels =
-      sum_panels(layout, owners, comm, c10::Device(c10::kCPU),
+      sum_panels(layout, owners, comm, device,
                  [&](const VisitRows& visit, const std::function<void(int64_t)>& close_shard) {
                    for (int64_t shard = 0; shard < kShards; ++shard) {
                      if (owners[static_cast<size_t>(shard)] != comm.rank()) continue;
                      const auto [x, weights] = shard_rows(shard);
-                     visit(x, {}, weights);
+                     visit(x.to(device), {}, weights.to(device));
                      close_shard(shard);
                    }
                  });
   Result result;
   result.factor = quant::factor_of_diagonal(share_diagonal(panels, layout, comm), spec);
-  EXPECT_TRUE(factorize_panels(std::move(panels), layout, result.factor, comm));
+  EXPECT_TRUE(factorize_panels(std::move(panels), layout, result.factor, devices));
 
   auto generator = quant::test_generator(3);
-  const at::Tensor w = at::randn({kRows, kColumns}, generator) / 30;
+  const at::Tensor w = (at::randn({kRows, kColumns}, generator) / 30).to(device);
   const quant::GridSpec grid{.bits = 3, .group = 50};
   const int64_t height = quant::tile_rows(kRows), n_tiles = (kRows + height - 1) / height;
   const Range tiles = partition(n_tiles, comm.size(), comm.rank());
@@ -69,7 +72,7 @@ Result run(const comm::Communicator& comm, int64_t width, double damping, int fi
   std::optional<quant::RowSolver> solver;
   if (rows.begin < rows.end) solver.emplace(w.slice(0, rows.begin, rows.end), result.factor, grid, height);
   for (size_t p = 0; p < layout.columns.size(); ++p) {
-    const at::Tensor panel = share_panel(result.factor, layout, p, comm);
+    const at::Tensor panel = share_panel(result.factor, layout, p, devices);
     if (solver) solver->advance(panel);
     result.factor.panels[p] = panel;
   }
@@ -101,12 +104,18 @@ TEST(PanelFactor, EveryNumberOfRanksGivesTheBytesOfOne) {
     }
 }
 
-TEST(PanelFactor, TheRootIsThatOfTheWholeMatrix) {
+/// H of all shards, f64.
+at::Tensor whole_covariance() {
   at::Tensor h = at::zeros({kColumns, kColumns}, at::kDouble);
   for (int64_t shard = 0; shard < kShards; ++shard) {
     const auto [x, weights] = shard_rows(shard);
     h += x.to(at::kDouble).t().mm((x * weights.unsqueeze(1)).to(at::kDouble));
   }
+  return h;
+}
+
+TEST(PanelFactor, TheRootIsThatOfTheWholeMatrix) {
+  const at::Tensor h = whole_covariance();
   const quant::Factor whole = quant::factorize(h.to(at::kFloat), {.damping = 0.02});
   const at::Tensor expected = quant::upper_root(whole);
   const double largest = expected.abs().max().item<double>();
@@ -117,6 +126,20 @@ TEST(PanelFactor, TheRootIsThatOfTheWholeMatrix) {
     EXPECT_TRUE(at::equal(spread.factor.dead, whole.dead));
     EXPECT_NEAR(spread.factor.mean / whole.mean, 1, kTolerance);
   }
+}
+
+TEST(PanelFactor, DevicesGiveTheRootOfTheHostAndTheSameBytesForEveryNumberOfRanks) {
+  const c10::Device device = comm::select_device("auto", world().node());
+  if (!device.is_cuda()) GTEST_SKIP() << "no CUDA device on this machine";
+  const comm::Communicator alone = world().split(world().rank(), 0);
+  const Result mine = run(alone, 64, 0.02, 0, device), ours = run(world(), 64, 0.02, 1, device);
+  EXPECT_TRUE(at::equal(mine.factor.curvature, ours.factor.curvature));
+  EXPECT_TRUE(at::equal(mine.codes, ours.codes));
+  EXPECT_TRUE(at::equal(mine.objectives, ours.objectives));
+  const at::Tensor expected =
+      quant::upper_root(quant::factorize(whole_covariance().to(at::kFloat), {.damping = 0.02}));
+  EXPECT_TRUE(at::allclose(quant::upper_root(ours.factor), expected, 0,
+                           kTolerance * expected.abs().max().item<double>()));
 }
 
 TEST(PanelFactor, AllRanksAgreeThatAMatrixIsNotPositiveDefinite) {
@@ -133,11 +156,12 @@ TEST(PanelFactor, AllRanksAgreeThatAMatrixIsNotPositiveDefinite) {
             h.slice(0, 0, layout.columns[p].end).slice(1, layout.columns[p].begin, layout.columns[p].end);
     return own;
   };
+  const comm::DeviceCommunicator hosts(world(), c10::Device(c10::kCPU));
   quant::Factor factor = quant::factor_of_diagonal(share_diagonal(panels(), layout, world()), spec);
 
-  EXPECT_FALSE(factorize_panels(panels(), layout, factor, world()));
+  EXPECT_FALSE(factorize_panels(panels(), layout, factor, hosts));
   EXPECT_TRUE(quant::raise_damping(factor, spec));
-  EXPECT_TRUE(factorize_panels(panels(), layout, factor, world()));
+  EXPECT_TRUE(factorize_panels(panels(), layout, factor, hosts));
   EXPECT_NEAR(factor.damping, 0.1, 1e-12);
   EXPECT_EQ(factor.n_fallbacks, 1);
 }

@@ -141,10 +141,11 @@ TEST(Memory, DevicesHoldTheRowsInWork) {
   cluster.device = "cuda";
   cluster.memory.device_gib = 1;
   // down, 8 rows of 16 channels: the weights in bf16, and three copies in f32; a panel of the factor, 16 x
-  // 16; more than its H, 1024 bytes. gate and up: the same 14 bytes a weight of one, and of the other the
-  // weight, its error and its code.
-  const auto down = [](double copies) { return copies * 128 + 4 * 256; };
-  const auto gate_up = [](double copies, double rest) { return (copies + rest) * 128 + 4 * 64; };
+  // 16, beside the factor itself; more than its H, 1024 bytes, with partial sums on two levels. gate and up:
+  // the same 14 bytes a weight of one, and of the other the weight, its error and its code; both have
+  // factors.
+  const auto down = [](double copies) { return copies * 128 + 2 * 4 * 256; };
+  const auto gate_up = [](double copies, double rest) { return (copies + rest) * 128 + 3 * 4 * 64; };
   EXPECT_EQ(held(), std::max(down(2 + 3 * 4), gate_up(2 + 3 * 4, 2 + 5)));
   // In f32 the weights are one of the three.
   config.compute_dtype = "float32";
@@ -152,10 +153,10 @@ TEST(Memory, DevicesHoldTheRowsInWork) {
   // A refinement starts when the copies are gone: all 8 columns of gate and up are one slab, which stands
   // there with its transpose and its H, and five times their 32 rows.
   config.quantization.refinement.sweeps = 1;
-  EXPECT_EQ(held(), (4 + 5) * 256.0 + 4 * 3 * 64 + 5 * 4 * 256);
-  // Corrected: W C and the target instead of the weights.
+  EXPECT_EQ(held(), (4 + 5) * 256.0 + 4 * 3 * 64 + 5 * 4 * 256 + 2 * 4 * 64);
+  // Corrected: W C and the target instead of the weights, two factors each, and a panel of C.
   config.quantization.asymmetric.correction = "qep";
-  EXPECT_EQ(held(), (8 + 5) * 256.0 + 4 * 3 * 64 + 5 * 4 * 256);
+  EXPECT_EQ(held(), (8 + 5) * 256.0 + 4 * 3 * 64 + 5 * 4 * 256 + 5 * 4 * 64);
   config.quantization.refinement.sweeps = 0;
   config.quantization.asymmetric.correction = "none";
   // A wide covariance is shared by units one after another: the rows of one module.
@@ -165,8 +166,12 @@ TEST(Memory, DevicesHoldTheRowsInWork) {
   const Job job(config, wide, cluster, 1, 1);
   for (const auto& found : quantize_memory(job, 0).items) {
     if (found.name != "H, factors and rows") continue;
-    constexpr double kSums = 4.0 * 6 * 384 * 8192, kRows = 14.0 * 8 * 8192 + 4.0 * 384 * 8192;
-    EXPECT_EQ(found.device_bytes, std::max(kSums, kRows));
+    constexpr double kPanel = 384.0 * 8192, kEntries = 384.0 * 384 * (21 * 22 / 2) + 128.0 * 8192;
+    // Six panels and their partial sums on two levels; the f64 triangle, and of one panel f64 twice and f32;
+    // or the factor, two panels of it, and the rows.
+    constexpr double kSums = 4 * 6 * (1 + 2) * kPanel, kFactor = 8 * kEntries + 20 * kPanel,
+                     kRows = 14.0 * 8 * 8192 + 2 * 4 * kPanel + 4 * kEntries;
+    EXPECT_EQ(found.device_bytes, std::max({kSums, kFactor, kRows}));
   }
 }
 

@@ -40,6 +40,8 @@ class DeviceCommunicator {
   [[nodiscard]] Transfer broadcast_async(at::Tensor& tensor, int root) const;
   void broadcast(at::Tensor& tensor, int root) const { broadcast_async(tensor, root).wait(); }
   [[nodiscard]] c10::Device device() const;
+  /// The ranks that these are transfers of.
+  [[nodiscard]] const Communicator& ranks() const;
 
  private:
   struct State;

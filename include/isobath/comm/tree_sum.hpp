@@ -21,13 +21,14 @@ class TreeSum {
   /// owners[s] is the rank that adds shard s. Contiguous owners in ascending order are expected (checked).
   TreeSum(std::vector<int> owners, int rank, Reduce operation = Reduce::sum);
 
-  /// Adds the total of `shard`, which this rank owns; combines at once whatever the tree allows. Local. The
-  /// tensor is taken over and may be changed in place. All shards have one shape and dtype; CPU, contiguous.
+  /// Adds the total of `shard`, which this rank owns; combines at once whatever the tree allows, where the
+  /// tensors are. Local. The tensor is taken over and may be changed in place. All shards have one shape,
+  /// dtype and device; contiguous.
   void add(int64_t shard, at::Tensor total);
 
   /// Collective over `comm`, the communicator the owners are ranks of: combines the partial sums of the ranks
-  /// by point-to-point messages and leaves the total on `root`; an undefined tensor elsewhere. Empty
-  /// afterwards.
+  /// by point-to-point messages and leaves the total on the host of `root`; an undefined tensor elsewhere.
+  /// Empty afterwards.
   ///
   /// tag      the first of ⌈log₂ n_shards⌉ + 2 tags: level l uses tag + l, the move to `root` the last two.
   [[nodiscard]] at::Tensor reduce_to(int root, const Communicator& comm, int tag = 0);

@@ -2,7 +2,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <functional>
-#include <isobath/comm/communicator.hpp>
+#include <isobath/comm/device_communicator.hpp>
 #include <isobath/quant/factor.hpp>
 #include <vector>
 
@@ -58,26 +58,26 @@ inline constexpr size_t kPanelsPerPass = 6;
 
 /// Factorizes H + λI for the factor's λ, from the last panel to the first: its owner factorizes a panel, all
 /// ranks receive it and subtract its share from their own. Takes the f32 panels, which become f64 in place of
-/// them and in the end the factor's own f32 panels. False on every rank, panels spoilt, when H + λI is not
-/// positive definite.
+/// them and in the end the factor's own f32 panels: on the devices, where there are some. False on every
+/// rank, panels spoilt, when H + λI is not positive definite.
 ///
-/// Memory   8 bytes for each of this rank's entries, and two f64 panels.
+/// Memory   8 bytes for each of this rank's entries, and two f64 panels; of the device.
 /// Cost     C³/6 multiply-adds over all ranks.
 /// Network  each panel to all ranks, f64: 4 C² bytes in all.
-/// Collective over `comm`.
+/// Collective over the devices' ranks.
 [[nodiscard]] bool factorize_panels(std::vector<at::Tensor> panels, const PanelLayout& layout,
-                                    quant::Factor& factor, const comm::Communicator& comm);
+                                    quant::Factor& factor, const comm::DeviceCommunicator& devices);
 
-/// A panel of the factor on every rank. Collective.
+/// A panel of the factor on every rank, on its device. Collective, as those below.
 [[nodiscard]] at::Tensor share_panel(const quant::Factor& factor, const PanelLayout& layout, size_t panel,
-                                     const comm::Communicator& comm);
+                                     const comm::DeviceCommunicator& devices);
 
-/// Columns of C on every rank, [C, width] f32 from the owner. Collective.
+/// Columns of C on every rank's device, [C, width] f32 from the owner.
 [[nodiscard]] at::Tensor share_cross_panel(const at::Tensor& own, const PanelLayout& layout, size_t panel,
-                                           const comm::Communicator& comm);
+                                           const comm::DeviceCommunicator& devices);
 
-/// quant::slab_rows on every rank; panels that all ranks have are not sent. Collective.
+/// quant::slab_rows on every rank; panels that all ranks have are not sent.
 [[nodiscard]] at::Tensor share_slab(const quant::Factor& factor, const PanelLayout& layout, Range columns,
-                                    bool is_everywhere, const comm::Communicator& comm);
+                                    bool is_everywhere, const comm::DeviceCommunicator& devices);
 
 }  // namespace isobath::pipeline

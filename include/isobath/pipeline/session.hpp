@@ -3,6 +3,7 @@
 
 #include <array>
 #include <isobath/checkpoint/generation_store.hpp>
+#include <isobath/comm/device_communicator.hpp>
 #include <isobath/comm/grid.hpp>
 #include <isobath/config/run_config.hpp>
 #include <isobath/data/shards.hpp>
@@ -26,7 +27,8 @@ struct Session {
   std::shared_ptr<const model::CheckpointReader> source;  ///< the original model; headers only
   std::unique_ptr<comm::Grid> grid;
   c10::Device device = c10::Device(c10::kCPU);
-  at::ScalarType dtype = at::ScalarType::Float;  ///< of activations and weights in compute
+  std::unique_ptr<comm::DeviceCommunicator> devices;  ///< of the world
+  at::ScalarType dtype = at::ScalarType::Float;       ///< of activations and weights in compute
   int threads = 1;
   std::vector<Range> stage_blocks;  ///< [stages]: blocks of each stage
 

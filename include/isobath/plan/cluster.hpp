@@ -20,7 +20,7 @@ struct Cluster {
   struct Compute {
     double bf16_tflops = 0;        ///< matrix product, bf16
     double f32_tflops = 0;         ///< matrix product, f32
-    double covariance_tflops = 0;  ///< kernels::add_gram, packing included; 0: no kernels, or cuda
+    double covariance_tflops = 0;  ///< kernels::add_gram, packing included; 0: no kernels
     double attention_tflops = 0;   ///< counting causal pairs only
     double memory_gbs = 0;         ///< GB/s read + written by elementwise operations
     double operation_us = 0;       ///< to start one operation
@@ -37,6 +37,15 @@ struct Cluster {
     double pack_gps = 0;           ///< 1e9 codes packed or unpacked a second, one thread
     double memory_gbs = 0;
   } host;
+  /// Of one rank's device, where rows are solved and wide H factorized; only with cuda.
+  struct Rows {
+    double f64_factor_tflops = 0;  ///< triangular solve
+    double f64_gemm_tflops = 0;
+    double product_tflops = 0;     ///< kernels::add_device_product, f32
+    double column_us = 0;          ///< a column of the column loop beyond its products, all rows together
+    double refined_column_us = 0;  ///< the same of a sweep of refinement
+    double candidate_gps = 0;      ///< 1e9 (weight, candidate grid) pairs a second of the clip search
+  } rows;
   /// GB/s that each rank reaches when all ranks send at once.
   struct Network {
     double within_node_gbs = 0, between_nodes_gbs = 0;                ///< host memory (MPI)
@@ -58,9 +67,11 @@ struct Cluster {
   [[nodiscard]] bool prefers_bf16() const {
     return compute.bf16_tflops * efficiency.gemm > compute.f32_tflops * efficiency.f32_gemm;
   }
-  /// Whether the kernels of src/kernels run in the preferred dtype; elsewhere ATen's operations stand for
+  /// Whether sums of H are made by kernels::add_gram in the preferred dtype.
+  [[nodiscard]] bool has_gram() const { return compute.covariance_tflops > 0; }
+  /// Whether all kernels of src/kernels run in the preferred dtype; elsewhere ATen's operations stand for
   /// them.
-  [[nodiscard]] bool has_kernels() const { return !has_devices() && compute.covariance_tflops > 0; }
+  [[nodiscard]] bool has_kernels() const { return !has_devices() && has_gram(); }
   [[nodiscard]] int64_t n_ranks() const { return nodes * ranks_per_node; }
 };
 

@@ -60,9 +60,7 @@ struct Job {
   [[nodiscard]] bool is_weighted() const {
     return uses_covariance() && config.quantization.weighting == "sensitivity";
   }
-  [[nodiscard]] bool is_asymmetric() const {
-    return config.quantization.is_asymmetric();
-  }
+  [[nodiscard]] bool is_asymmetric() const { return config.quantization.is_asymmetric(); }
   [[nodiscard]] bool is_qep() const {
     return is_asymmetric() && config.quantization.asymmetric.correction == "qep";
   }

@@ -20,8 +20,10 @@ struct Work {
   double f64_gemm_flops = 0;
   double thin_flops = 0;    ///< f32 products with 64 columns or rows
   double column_flops = 0;  ///< of the column loop, on one thread
-  double candidates = 0;    ///< (weight, candidate grid) pairs of one thread
-  double packed_codes = 0;  ///< on one thread
+  double columns = 0,
+         refined_columns = 0;  ///< steps of that loop and of sweeps; a device takes time for each
+  double candidates = 0;       ///< (weight, candidate grid) pairs of one thread
+  double packed_codes = 0;     ///< on one thread
   double host_traffic_bytes = 0;
 
   Work& operator+=(const Work& other);
@@ -32,6 +34,10 @@ struct Work {
 /// Seconds for `work` on one rank of `cluster`: the sum over its parts, since the code does them one after
 /// the other.
 [[nodiscard]] double seconds(const Work& work, const Cluster& cluster, bool computes_bf16);
+
+/// The same of work on rows and on an H in panels, counted as for one thread: on the rank's device, where the
+/// cluster has some, what `Work` calls the host's.
+[[nodiscard]] double seconds_of_rows(const Work& work, const Cluster& cluster, bool computes_bf16);
 
 /// Bytes read + written a channel by the operations between products, each pass over a tensor counted.
 struct Passes {
@@ -48,11 +54,15 @@ struct Shapes {
   const model::ModelConfig* model;
   double element_bytes;  ///< of the compute dtype: 2 (bf16) or 4 (f32)
   bool has_kernels;      ///< src/kernels runs: a CPU that has them for the dtype
+  bool has_gram;         ///< sums of H run there, on devices too
   Passes passes;
   double d, f, d_query, d_key, vocabulary, n_blocks;
   double block_linears;  ///< weights of the seven linears of a block
 
-  static Shapes of(const model::ModelConfig& model, bool computes_bf16, bool has_kernels);
+  static Shapes of(const model::ModelConfig& model, bool computes_bf16, bool has_kernels, bool has_gram);
+  static Shapes of(const model::ModelConfig& model, bool computes_bf16, bool has_kernels) {
+    return of(model, computes_bf16, has_kernels, has_kernels);
+  }
   [[nodiscard]] double block_weight_bytes() const;  ///< in the compute dtype, norms included
   [[nodiscard]] double end_weight_bytes() const;    ///< embedding, or lm_head and the final norm
 };
@@ -77,9 +87,9 @@ struct Shapes {
 /// sensitivity::Covariance::add of n rows with d channels: the upper triangle in tiles, n d (d + 48) flops of
 /// the kernel and its packing, or in panels, n d (d + panel) f32 flops.
 [[nodiscard]] Work covariance_add(const Shapes& shapes, double n_rows, double d);
-/// A sum's way to the host and the next one's zeros, once a logical shard; the whole matrix from its upper
-/// triangle, once.
-[[nodiscard]] Work covariance_close(double d);
+/// Zeros for the sum of each logical shard of a rank, what adds these up, and the way to the host; the whole
+/// matrix from its upper triangle.
+[[nodiscard]] Work covariance_shards(double d, double n_shards);
 [[nodiscard]] Work covariance_mirror(double d);
 /// A rank's part of one H: its rows in n_shards logical shards, and the sum over these; whole, or in panels.
 [[nodiscard]] Work covariance_sum(const Shapes& shapes, double n_rows, double d, double n_shards,
@@ -87,8 +97,6 @@ struct Shapes {
 
 /// sensitivity::CrossCovariance::add: 2 n d² flops, in the covariance's dtype.
 [[nodiscard]] Work cross_covariance_add(const Shapes& shapes, double n_rows, double d);
-/// Its way to the host, once a logical shard.
-[[nodiscard]] Work cross_covariance_close(double d);
 /// The inputs' norms that sensitivity.shrinkage needs, for n rows with d channels.
 [[nodiscard]] Work trace_pass(const Shapes& shapes, double n_rows, double d);
 

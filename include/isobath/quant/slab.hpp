@@ -14,7 +14,7 @@ namespace isobath::quant {
 inline constexpr int64_t kWidestSlab = 8 * kPanel;
 
 /// The rows of a slab of R diag(R)⁻¹ from column `columns.begin` on, [width, C − begin] f32, put together
-/// from part(p, rows), rows [rows] of panel p, [rows.size(), width of p].
+/// from part(p, rows), rows [rows] of panel p, [rows.size(), width of p], where that is.
 [[nodiscard]] at::Tensor slab_rows(const std::vector<Range>& panels, Range columns,
                                    const std::function<at::Tensor(size_t panel, Range rows)>& part);
 
