@@ -166,6 +166,7 @@ DeviceCommunicator::Transfer DeviceCommunicator::receive_async(at::Tensor& tenso
 
 DeviceCommunicator::Transfer DeviceCommunicator::broadcast_async(at::Tensor& tensor, int root) const {
   Transfer transfer;
+  if (state_->comm->size() == 1) return transfer;
   transfer.state_ = std::make_unique<Transfer::State>();
   // Decided by the kind of device alone: a layout that only one rank has must not send the ranks different
   // ways.
