@@ -58,7 +58,7 @@ void require_alike(const Session& session, const comm::Communicator& world) {
       world.agree(
           fmt::format("ranks would compute in different ways: rank 0 on {} in {}, rank {} on {} in {}; use "
                       "nodes of one kind, or set compute_dtype, ranks.device, or ISOBATH_KERNELS "
-                      "(avx512, avx2, aten) to what all of them have",
+                      "(amx, avx512, avx2, aten) to what all of them have",
                       hosts[0], kinds[0], rank, hosts[rank], kinds[rank]),
           ExitCode::config);
 }

@@ -3,9 +3,9 @@
 
 #include <span>
 
-/// Symmetric and plain products XᵀX and AᵀB of activations [n, d] with f32 sums: bf16 on CPUs with AVX-512
-/// BF16, f32 on CPUs with AVX2, both on CUDA devices. Every sum is made in one order, whatever the threads
-/// and whichever part of the matrix is asked for. Local.
+/// Symmetric and plain products XᵀX and AᵀB of activations [n, d] with f32 sums: bf16 on CPUs with AMX or
+/// AVX-512 BF16, f32 on CPUs with AVX2, both on CUDA devices. Every sum is made in one order, whatever the
+/// threads and whichever part of the matrix is asked for. Local.
 namespace isobath::kernels {
 
 /// Whether the functions below take this input on this machine.
@@ -18,15 +18,16 @@ namespace isobath::kernels {
 /// (D = 1). All on the CPU or on one CUDA device.
 ///
 /// Rounding √D·x is rounded to x's dtype (bf16: relative 2⁻⁹ each, exact for D = 1 and powers of 4); products
-///          of bf16 are exact, sums f32 in a fixed order (on a device in that of its tensor cores, cut off
-///          and not rounded, for 256 tokens at a time). Both factors are the same rounded numbers, so the sum
-///          is positive semidefinite.
+///          of bf16 are exact, sums f32 in a fixed order, for 256 (f32 on CPUs: 128) tokens at a time before
+///          they meet the total (on AMX made of sums of 32, on a device in the order of its tensor cores, cut
+///          off and not rounded). Both factors are the same rounded numbers, so the sum is positive
+///          semidefinite.
 ///
 /// Returns  false, and adds nothing, when a value of √D·x is not finite, or in f32 beyond 2⁵⁰, where sums of
 ///          squares might overflow; rows with √D = 0 may hold anything.
 ///
-/// Cost     n·d²/2 multiply-adds at the rate of the dtype; scratch: 512·d words of 2 (bf16) or 8 (f32) bytes;
-///          on a device n·d numbers of the dtype, and one wait for it.
+/// Cost     n·d²/2 multiply-adds at the rate of the dtype; scratch: 512·d words of 2 (bf16) or 8 (f32) bytes,
+///          1024·d of 4 (bf16 on AMX); on a device n·d numbers of the dtype, and one wait for it.
 [[nodiscard]] bool add_gram(at::Tensor& upper, const at::Tensor& x, const at::Tensor& roots);
 
 /// Divides the columns at which panels start.
