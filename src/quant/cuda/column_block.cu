@@ -4,77 +4,96 @@
 namespace isobath::quant::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kRowThreads)
-    settle_kernel(Block block, int begin, int end, float* settled, float* shifts) {
-  const int64_t row = row_of_thread(), n_rows = block.n_rows;
-  if (row >= n_rows) return;
-  for (int k = begin; k < end; ++k) {
-    const int64_t at = k * n_rows + row;
-    float sum = block.targets[at];
-    for (int i = begin; i < k; ++i)
-      sum = fmaf(shifts[i * n_rows + row], block.feedback[k * kBlockColumns + i], sum);
-    settled[at] = sum;
-    shifts[at] = block.errors[at] - sum;
+/// Settling: a column moves by what its target differs from the weight.
+struct SettledColumn {
+  const Block& block;
+  float *settled, *shifts;
+  int64_t row;
+  bool is_inside;
+
+  __device__ void prepare(int, int) const {}
+  __device__ float factor(int k, int i) const { return block.feedback[k * kBlockColumns + i]; }
+  __device__ float visit(int, int k, float target) const {
+    const int64_t at = k * block.n_rows + row;
+    const float shift = block.errors[at] - target;
+    settled[at] = target;
+    shifts[at] = shift;
+    return shift;
   }
+};
+
+__global__ void __launch_bounds__(kLanes* kWarps)
+    settle_kernel(Block block, int begin, int end, float* settled, float* shifts) {
+  __shared__ Current targets;
+  const int64_t row = row_of_thread();
+  load_current(targets, block.targets, block.n_rows, begin, end);
+  SettledColumn column{block, settled, shifts, row, row < block.n_rows};
+  visit_columns(column, targets, begin, end, end);
 }
 
-/// target and what the first n of `errors`, those of the columns from `first` on, feed to column k.
-__device__ float fed(float target, const float (&errors)[kStep], int n, const Block& block, int k,
-                     int first) {
-  const float* factors = block.feedback + k * kBlockColumns + first;
-#pragma unroll
-  for (int i = 0; i < kStep; ++i)
-    if (i < n) target = fmaf(errors[i], factors[i], target);
-  return target;
-}
-
-__global__ void __launch_bounds__(kRowThreads)
-    solve_kernel(Block block, int begin, int end, GridRules rules, Grids grids, Rounded rounded) {
-  const int64_t row = row_of_thread(), n_rows = block.n_rows;
-  if (row >= n_rows) return;
+/// Rounding: a column moves by its error, w − ŵ.
+struct RoundedColumn {
+  const Block& block;
+  const GridRules& rules;
+  const Grids& grids;
+  const Rounded& rounded;
+  Levels (*levels)[kLanes];  ///< of a step's columns, shared
+  int (*zeros)[kLanes];
+  int64_t row;
+  bool is_inside;
   float squares = 0.0F;
   double norm = 0.0;
-  for (int first = begin; first < end; first += kStep) {
-    const int n = end - first < kStep ? end - first : kStep;
-    float errors[kStep];
-#pragma unroll
-    for (int i = 0; i < kStep; ++i) {
-      if (i >= n) continue;
-      const int k = first + i;
-      const int64_t at = k * n_rows + row, column = rounded.order[k],
-                    grid = column / rounded.width * n_rows + row;
-      const int zero = grids.zero[grid];
-      const Levels levels = levels_of(rules, grids.scale[grid], zero);
-      const float target = fed(block.targets[at], errors, i, block, k, first);
-      const float step = nearest_step(levels, target);
-      // The error fed back is that of the weight a loader will see.
-      const float stored = round_stored(rules.format, step * levels.scale);
-      const float missed = target - stored;
-      errors[i] = block.errors[at] - stored;
-      block.errors[at] = errors[i];
-      rounded.codes[column * n_rows + row] = static_cast<int8_t>(static_cast<int>(step) + zero);
-      squares = fmaf(block.curvature[k] * missed, missed, squares);
-      norm = fma(static_cast<double>(errors[i]), static_cast<double>(errors[i]), norm);
-    }
-    for (int k = first + n; k < block.n_columns; ++k) {
-      float* target = block.targets + k * n_rows + row;
-      *target = fed(*target, errors, n, block, k, first);
-    }
+
+  __device__ void prepare(int i, int k) const {
+    const int64_t grid = rounded.order[k] / rounded.width * block.n_rows + row;
+    const int zero = grids.zero[grid], lane = lane_of_thread();
+    zeros[i][lane] = zero;
+    levels[i][lane] = levels_of(rules, grids.scale[grid], zero);
   }
-  rounded.squares[row] += squares;
-  rounded.norms[row] += norm;
+  __device__ float factor(int k, int i) const { return block.feedback[k * kBlockColumns + i]; }
+  __device__ float visit(int i, int k, float target) {
+    const int64_t at = k * block.n_rows + row;
+    const int lane = lane_of_thread();
+    const float step = nearest_step(levels[i][lane], target);
+    // The error fed back is that of the weight a loader will see.
+    const float stored = round_stored(rules.format, step * levels[i][lane].scale);
+    const float missed = target - stored, error = block.errors[at] - stored;
+    block.errors[at] = error;
+    rounded.codes[rounded.order[k] * block.n_rows + row] =
+        static_cast<int8_t>(static_cast<int>(step) + zeros[i][lane]);
+    squares = fmaf(block.curvature[k] * missed, missed, squares);
+    norm = fma(static_cast<double>(error), static_cast<double>(error), norm);
+    return error;
+  }
+};
+
+__global__ void __launch_bounds__(kLanes* kWarps)
+    solve_kernel(Block block, int begin, int end, GridRules rules, Grids grids, Rounded rounded) {
+  __shared__ Current targets;
+  __shared__ Levels levels[kStep][kLanes];
+  __shared__ int zeros[kStep][kLanes];
+  const int64_t row = row_of_thread(), n_rows = block.n_rows;
+  load_current(targets, block.targets, n_rows, begin, block.n_columns);
+  RoundedColumn column{block, rules, grids, rounded, levels, zeros, row, row < n_rows};
+  visit_columns(column, targets, begin, end, block.n_columns);
+  if (!column.is_inside) return;
+  for (int k = end + warp_of_thread(); k < block.n_columns; k += kWarps)
+    block.targets[k * n_rows + row] = targets[k][lane_of_thread()];
+  if (warp_of_thread() != 0) return;
+  rounded.squares[row] += column.squares;
+  rounded.norms[row] += column.norm;
 }
 
 }  // namespace
 
 int settle_columns(const Block& block, int begin, int end, float* settled, float* shifts, Stream stream) {
-  const cudaLaunchConfig_t config = launch_of_rows(block.n_rows, stream);
+  const cudaLaunchConfig_t config = launch_of(block.n_rows, kLanes, stream);
   return cudaLaunchKernelEx(&config, settle_kernel, block, begin, end, settled, shifts);
 }
 
 int solve_columns(const Block& block, int begin, int end, const GridRules& rules, Grids grids,
                   const Rounded& rounded, Stream stream) {
-  const cudaLaunchConfig_t config = launch_of_rows(block.n_rows, stream);
+  const cudaLaunchConfig_t config = launch_of(block.n_rows, kLanes, stream);
   return cudaLaunchKernelEx(&config, solve_kernel, block, begin, end, rules, grids, rounded);
 }
 

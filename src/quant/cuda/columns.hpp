@@ -5,8 +5,8 @@
 /// The device's parts of the column loop, without ATen. Pointers are of the device; work is put on the stream
 /// and not waited for. All launches return their cudaError_t; 0: none.
 ///
-/// Matrices are held by columns: [columns, n_rows] with the rows contiguous, one thread or warp a row. What a
-/// row becomes depends on no other row.
+/// Matrices are held by columns: [columns, n_rows] with the rows contiguous. What a row becomes depends on no
+/// other row.
 namespace isobath::quant::cuda {
 
 using kernels::Stream;

@@ -1,12 +1,8 @@
-#include <cuda_runtime.h>
-
 #include "grid_step.hpp"
+#include "row_threads.hpp"
 
 namespace isobath::quant::cuda {
 namespace {
-
-constexpr int kLanes = 32, kWarps = 8;
-constexpr unsigned kAllLanes = 0xffffffffU;
 
 struct Grid {
   float scale;

@@ -1,18 +1,19 @@
 #pragma once
 #include "columns.hpp"
 
-/// The device's parts of the refinement, without ATen, as columns.hpp: [columns, n_rows], one thread a row.
+/// The device's parts of the refinement, without ATen, as columns.hpp: [columns, n_rows].
 namespace isobath::quant::cuda {
 
 /// Columns side by side in the order of the factor.
 struct RefinedColumns {
   int64_t n_rows;
   int n_columns;
-  float* values;           ///< as a loader sees them
-  float* steps;            ///< codes from the zero point
-  float* gradients;        ///< of these columns
-  float* changes;          ///< out: values − values before
-  const float* curvature;  ///< [i · stride + j]: (H + λI)/mean of these columns, 0 where one is dead
+  float* values;     ///< as a loader sees them
+  float* steps;      ///< codes from the zero point
+  float* gradients;  ///< of these columns
+  float* changes;    ///< out: values − values before
+  const float*
+      curvature;  ///< [i · stride + j]: (H + λI)/mean of these columns, 0 where one is dead; symmetric
   int64_t stride;
 };
 
