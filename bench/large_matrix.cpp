@@ -82,7 +82,8 @@ class LargeMatrix {
         });
     const model::ModelConfig any;
     const plan::Shapes shapes =
-        plan::Shapes::of(any, device_.is_cuda(), device_.is_cpu() && kernels::has_gram(at::empty({1, 1})));
+        plan::Shapes::of(any, device_.is_cuda(), device_.is_cpu() && kernels::has_gram(at::empty({1, 1})),
+                         device_.is_cuda() || kernels::has_gram(at::empty({1, 1})));
     report("covariance", timer.seconds(),
            plan::covariance_sum(shapes, local, width, static_cast<double>(shards.size()), true));
     x.clear();
@@ -113,7 +114,7 @@ class LargeMatrix {
     const quant::QuantizedMatrix matrix = solver.take();
     report("codes", timer.seconds(),
            plan::solve_rows(static_cast<double>(n_rows), width, quantization, static_cast<double>(height),
-                            at::get_num_threads()));
+                            device_.is_cuda() ? 1 : at::get_num_threads()));
     at::Tensor all = at::zeros({n_tiles}, at::kDouble);
     all.slice(0, tiles.begin, tiles.end).copy_(objectives);
     pipeline::share_disjoint(all, world_);
@@ -131,7 +132,7 @@ class LargeMatrix {
     const double largest = world_.all_reduce(peak_gib(), comm::Reduce::max);
     if (world_.rank() != 0) return;
     const std::string planned =
-        cluster_ ? fmt::format("{:.1f}", plan::seconds(work, *cluster_, device_.is_cuda())) : "-";
+        cluster_ ? fmt::format("{:.1f}", plan::seconds_of_rows(work, *cluster_, device_.is_cuda())) : "-";
     fmt::print("{:<16} {:>10.1f} {:>10} {:>12.2f}\n", phase, slowest, planned, largest);
     std::fflush(stdout);
   }

@@ -9,8 +9,10 @@ namespace {
 constexpr double kGiB = 1024.0 * 1024.0 * 1024.0;
 
 // LibTorch, MPI and the program itself: 0.13 GiB resident after start, and about as much again once oneDNN
-// and MPI have worked (docs/performance.md). A CUDA context: assumed.
-constexpr double kProcessBytes = 0.25 * kGiB, kDeviceContextBytes = 0.6 * kGiB;
+// and MPI have worked (docs/performance.md).
+constexpr double kProcessBytes = 0.25 * kGiB;
+// With CUDA: its context on the device, assumed; on the host the libraries that ATen loads, as one H100 showed.
+constexpr double kDeviceContextBytes = 0.6 * kGiB, kDeviceLibraryBytes = 1.0 * kGiB;
 
 // Rows of logits that exist at once (model/head.cpp, evaluate/token_metrics.cpp).
 constexpr double kLossChunk = 256, kCompareChunk = 128;
@@ -94,7 +96,9 @@ RankMemory::Item original_outputs(const Job& job, int stage) {
 }
 
 RankMemory::Item process(const Job& job) {
-  return {"process", job.cluster.has_devices() ? kDeviceContextBytes : 0, kProcessBytes};
+  const bool has_devices = job.cluster.has_devices();
+  return {"process", has_devices ? kDeviceContextBytes : 0,
+          kProcessBytes + (has_devices ? kDeviceLibraryBytes : 0)};
 }
 
 RankMemory::Item covariance_of_measure(const Job& job, double n_blocks) {
