@@ -59,7 +59,7 @@ class Calibration {
     const at::NoGradGuard no_grad;
     products();
     elementwise();
-    // What the host computes with is what its devices compute with instead.
+    // Where there are devices, `compute` is theirs.
     if (device_.is_cuda())
       calibrate_device(cluster_, device_, [this](const auto& action) { return seconds_of(action); });
     solver();
@@ -251,8 +251,8 @@ class Calibration {
     const at::Tensor out = at::zeros({kMessageBytes}, bytes);
     at::Tensor in = at::empty({kMessageBytes}, bytes);
     // The links that a pipeline has: to the next rank.
-    const auto link_s = [&](int distance) {
-      const int to = world_.rank() + distance, from = world_.rank() - distance;
+    const auto link_s = [&] {
+      const int to = world_.rank() + 1, from = world_.rank() - 1;
       const auto step = [&] {
         auto arriving = from >= 0 ? devices.receive_async(in, from, 0) : comm::DeviceCommunicator::Transfer();
         auto leaving =
@@ -269,11 +269,11 @@ class Calibration {
     };
     network.device_within_node_gbs = cluster_.compute.memory_gbs / 2;
     if (cluster_.ranks_per_node > 1)
-      network.device_within_node_gbs = static_cast<double>(kMessageBytes) / link_s(1) / 1e9;
+      network.device_within_node_gbs = static_cast<double>(kMessageBytes) / link_s() / 1e9;
     network.device_between_nodes_gbs = network.device_within_node_gbs;
     // One device a node: every neighbour is on another one.
     if (cluster_.nodes > 1 && cluster_.ranks_per_node == 1)
-      network.device_between_nodes_gbs = static_cast<double>(kMessageBytes) / link_s(1) / 1e9;
+      network.device_between_nodes_gbs = static_cast<double>(kMessageBytes) / link_s() / 1e9;
     else if (cluster_.nodes > 1)
       network.device_between_nodes_gbs = network.between_nodes_gbs;
   }

@@ -257,6 +257,35 @@ TEST(Time, WhatIsConfiguredIsPriced) {
   EXPECT_NEAR(part("covariance") - without, 4 * 20.0 * 18 * (3 * 8 + 16), 1e-3);
 }
 
+TEST(Time, RowsOfDevicesTakeTheirRates) {
+  model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  config.quantization.refinement.sweeps = 2;
+  Cluster cluster = instant_cluster();
+  cluster.device = "cuda";
+  cluster.memory.device_gib = 1;
+  // What the host would take for them does not count.
+  cluster.host.f32_thin_tflops = cluster.host.column_gflops = cluster.host.candidate_gps = 1e-30;
+  config.quantization.clip_search = false;
+  const auto part = [&](const std::string& name) {
+    for (const auto& [step, step_s] : quantize_time(Job(config, model, cluster, 1, 1), {}).parts)
+      if (step == name) return step_s;
+    return -1.0;
+  };
+  // 4 blocks of six modules with 8 columns and one with 16.
+  constexpr double kColumns = 4 * (6 * 8 + 16);
+  cluster.rows.column_us = 1e6;
+  EXPECT_NEAR(part("codes of the rows"), kColumns, 1e-6);
+  EXPECT_NEAR(part("refinement"), 0, 1e-6);
+  cluster.rows.refined_column_us = 1e6;
+  EXPECT_NEAR(part("refinement"), 2 * kColumns, 1e-6);
+  // A wide H is factorized there, a narrow one on a host.
+  cluster.rows.f64_gemm_tflops = 1e-12;
+  EXPECT_NEAR(part("factorization"), 0, 1e-6);
+  model.d_ff = 4096;
+  EXPECT_NEAR(part("factorization") / (4 * factorize_spread(4096, 1).f64_gemm_flops), 1, 1e-9);
+}
+
 TEST(Time, ReestimationIsThePassesOverLaterBlocks) {
   const model::ModelConfig model = tiny_model();
   const config::RunConfig config = tiny_config();

@@ -39,6 +39,12 @@ inline Cluster instant_cluster() {
                   .candidate_gps = kInstant,
                   .pack_gps = kInstant,
                   .memory_gbs = kInstant};
+  cluster.rows = {.f64_factor_tflops = kInstant,
+                  .f64_gemm_tflops = kInstant,
+                  .product_tflops = kInstant,
+                  .column_us = 0,
+                  .refined_column_us = 0,
+                  .candidate_gps = kInstant};
   cluster.network = {kInstant, kInstant, kInstant, kInstant, 0};
   cluster.filesystem = {kInstant, kInstant, kInstant, kInstant};
   return cluster;
