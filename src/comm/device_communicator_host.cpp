@@ -76,6 +76,10 @@ int64_t device_memory_bytes(c10::Device) {
   return 0;
 }
 
+int64_t device_peak_bytes(c10::Device) {
+  return 0;
+}
+
 std::string device_identity(c10::Device) {
   return {};
 }

@@ -1,4 +1,5 @@
 #include <ATen/ATen.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 
@@ -217,6 +218,12 @@ int64_t device_memory_bytes(c10::Device device) {
   size_t free = 0, total = 0;
   ISOBATH_CUDA(cudaMemGetInfo(&free, &total));
   return static_cast<int64_t>(total);
+}
+
+int64_t device_peak_bytes(c10::Device device) {
+  if (!device.is_cuda()) return 0;
+  constexpr size_t kAllPools = 0;
+  return c10::cuda::CUDACachingAllocator::getDeviceStats(device.index()).allocated_bytes[kAllPools].peak;
 }
 
 std::string device_identity(c10::Device device) {

@@ -64,6 +64,7 @@ std::string closing_table(const Session& session, const Closing& closing, const 
   int64_t largest = peak_memory_bytes(), total = largest;
   largest = world.all_reduce(largest, comm::Reduce::max);
   total = world.all_reduce(total, comm::Reduce::sum);
+  const int64_t of_device = world.all_reduce(comm::device_peak_bytes(session.device), comm::Reduce::max);
   const config::Quantization& q = session.config.quantization;
   report::Table table({"result", "original", "quantized"});
   if (closing.evaluated) {
@@ -99,10 +100,15 @@ std::string closing_table(const Session& session, const Closing& closing, const 
   };
   if (closing.measured) add_time("measure", closing.measured->wall_s);
   if (closing.quantized) add_time("quantize", closing.quantized->wall_s);
-  text += fmt::format("time {}{}; {} rank{}, peak memory per rank {:.2f} GiB (largest), {:.2f} GiB (mean)\n",
-                      report::Progress::format_duration(wall_s), times.empty() ? "" : " (" + times + ")",
-                      world.size(), world.size() == 1 ? "" : "s", static_cast<double>(largest) / (1 << 30),
-                      static_cast<double>(total) / world.size() / (1 << 30));
+  constexpr double kGiB = 1 << 30;
+  text +=
+      fmt::format("time {}{}; {} rank{}, peak memory per rank {:.2f} GiB (largest), {:.2f} GiB (mean){}\n",
+                  report::Progress::format_duration(wall_s), times.empty() ? "" : " (" + times + ")",
+                  world.size(), world.size() == 1 ? "" : "s", static_cast<double>(largest) / kGiB,
+                  static_cast<double>(total) / world.size() / kGiB,
+                  session.device.is_cuda()
+                      ? fmt::format(", tensors on a device {:.2f} GiB", static_cast<double>(of_device) / kGiB)
+                      : "");
   if (!run.empty()) text += fmt::format("in {}\n", run.string());
   return text;
 }

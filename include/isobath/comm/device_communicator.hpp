@@ -56,6 +56,9 @@ class DeviceCommunicator {
 /// Memory of a CUDA device, bytes; 0 for the CPU.
 [[nodiscard]] int64_t device_memory_bytes(c10::Device device);
 
+/// The most that this process's tensors took of a CUDA device at once so far, bytes; 0 for the CPU.
+[[nodiscard]] int64_t device_peak_bytes(c10::Device device);
+
 /// Tells one CUDA device from all others of all hosts (its UUID, 32 hex digits); empty for the CPU.
 [[nodiscard]] std::string device_identity(c10::Device device);
 

@@ -16,8 +16,9 @@ class Prediction {
   /// Throws   AgreedFailure (config): no such file, or a bad description.
   explicit Prediction(const Session& session);
 
-  /// Records a stage that just ended: event "cost" with seconds and peak memory of the largest rank,
-  /// predicted and measured. `stage`: load, measure, quantize, evaluate. Collective over the session's world.
+  /// Records a stage that just ended: event "cost" with seconds and peak memory of the largest rank and, with
+  /// CUDA, of its device's tensors, predicted and measured. `stage`: load, measure, quantize, evaluate.
+  /// Collective over the session's world.
   void record(const std::string& stage, double measured_s, report::EventLog& events);
 
   /// The table for the closing summary; empty when nothing was recorded.
@@ -26,11 +27,13 @@ class Prediction {
  private:
   struct Row {
     std::string stage;
-    double predicted_s, measured_s, predicted_bytes, measured_bytes;
+    double predicted_s, measured_s, predicted_bytes, measured_bytes, predicted_device_bytes,
+        measured_device_bytes;
   };
   const Session& session_;
   std::optional<plan::Plan> plan_;
-  double peak_bytes_ = 0;  ///< predicted so far: what a process has held once counts for its later stages too
+  // Predicted so far: what a process has held once counts for its later stages too.
+  double peak_bytes_ = 0, device_peak_bytes_ = 0;
   std::vector<Row> rows_;
 };
 
