@@ -11,7 +11,8 @@ constexpr double kGiB = 1024.0 * 1024.0 * 1024.0;
 // LibTorch, MPI and the program itself: 0.13 GiB resident after start, and about as much again once oneDNN
 // and MPI have worked (docs/performance.md).
 constexpr double kProcessBytes = 0.25 * kGiB;
-// With CUDA: its context on the device, assumed; on the host the libraries that ATen loads, as one H100 showed.
+// With CUDA: its context on the device, assumed; on the host the libraries that ATen loads, as one H100
+// showed.
 constexpr double kDeviceContextBytes = 0.6 * kGiB, kDeviceLibraryBytes = 1.0 * kGiB;
 
 // Rows of logits that exist at once (model/head.cpp, evaluate/token_metrics.cpp).
