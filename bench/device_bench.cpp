@@ -1,6 +1,6 @@
-// What the kernels for CUDA devices reach, beside the library products and copies of the same device in the
-// same run: covariance (useful operations 2·n·d², symmetry halves the executed ones), column loop and
-// refinement beside their own matrix products. Medians of wall seconds between waits for the device.
+// What the kernels for CUDA devices reach, beside library products in the same run: covariance (useful
+// operations 2·n·d², symmetry halves the executed ones), the column loop beside one f32 product of as many
+// operations as its own, refinement. Medians of wall seconds between waits for the device.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/cuda/CUDAFunctions.h>

@@ -9,6 +9,7 @@
 #include <isobath/core/log.hpp>
 #include <map>
 #include <set>
+#include <utility>
 
 #include "nccl_channel.hpp"
 #include "staging.hpp"
@@ -53,7 +54,9 @@ bool share_devices(const Communicator& control, c10::Device device) {
   const std::vector<std::string> devices = control.all_gather(device_identity(device));
   const size_t n_devices = std::set(devices.begin(), devices.end()).size();
   if (n_devices == devices.size()) return false;
-  if (control.rank() == 0)
+  // Once a process: every pipeline and grid has a communicator of its own.
+  static bool has_warned = false;
+  if (control.rank() == 0 && !std::exchange(has_warned, true))
     log::warning(
         "{} ranks share {} devices: what they send each other goes through host memory instead of NCCL; "
         "one rank for each device is faster",

@@ -28,7 +28,8 @@ double message_s(const Cluster& cluster, Buffers buffers, bool between_nodes, do
 double broadcast_s(const Job& job, Buffers buffers, double bytes) {
   const auto n = static_cast<double>(job.layout.n_ranks());
   if (n <= 1) return 0;
-  const double passes = buffers == Buffers::host ? 2 : 1;
+  // Without devices, what a rank computes with is host memory too.
+  const double passes = buffers == Buffers::host || !job.cluster.has_devices() ? 2 : 1;
   return passes * (n - 1) / n * bytes / bytes_per_s(job.cluster, buffers, job.nodes() > 1) +
          depth(job.layout.n_ranks()) * job.cluster.network.latency_us * kMicro;
 }

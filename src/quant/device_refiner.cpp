@@ -70,12 +70,11 @@ void DeviceRefiner::move_codes(Columns& columns, const at::Tensor& curvature, at
   at::Tensor changes = at::empty({kBlock, n_rows_}, gradient.options());
   for (int64_t begin = 0; begin < n_slab; begin += kBlock) {
     const int64_t end = std::min(n_slab, begin + kBlock);
-    at::Tensor own = gradient.slice(0, begin, end).clone();
     const cuda::RefinedColumns block{.n_rows = n_rows_,
                                      .n_columns = static_cast<int>(end - begin),
                                      .values = columns.values.mutable_data_ptr<float>() + begin * n_rows_,
                                      .steps = columns.steps.mutable_data_ptr<float>() + begin * n_rows_,
-                                     .gradients = own.mutable_data_ptr<float>(),
+                                     .gradients = gradient.const_data_ptr<float>() + begin * n_rows_,
                                      .changes = changes.mutable_data_ptr<float>(),
                                      .curvature = curvature.const_data_ptr<float>() + begin * (n_slab + 1),
                                      .stride = n_slab};
@@ -98,7 +97,7 @@ void DeviceRefiner::move_grids(Columns& columns, const at::Tensor& curvature, at
                                    .n_columns = static_cast<int>(width_),
                                    .values = columns.values.mutable_data_ptr<float>() + begin * n_rows_,
                                    .steps = columns.steps.mutable_data_ptr<float>() + begin * n_rows_,
-                                   .gradients = gradient.mutable_data_ptr<float>() + begin * n_rows_,
+                                   .gradients = gradient.const_data_ptr<float>() + begin * n_rows_,
                                    .changes = changes.mutable_data_ptr<float>(),
                                    .curvature = curvature.const_data_ptr<float>() + begin * (n_slab + 1),
                                    .stride = n_slab};

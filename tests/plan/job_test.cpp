@@ -257,6 +257,27 @@ TEST(Time, WhatIsConfiguredIsPriced) {
   EXPECT_NEAR(part("covariance") - without, 4 * 20.0 * 18 * (3 * 8 + 16), 1e-3);
 }
 
+TEST(Time, FactorsGoBetweenCpuRanksByMpi) {
+  model::ModelConfig model = tiny_model();
+  model.d_ff = 4096;
+  const config::RunConfig config = tiny_config();
+  Cluster cluster = instant_cluster();
+  cluster.ranks_per_node = 2;
+  const auto sent_s = [&] {
+    for (const auto& [step, step_s] : quantize_time(Job(config, model, cluster, 2, 1), {}).parts)
+      if (step == "H and factor to all ranks") return step_s;
+    return -1.0;
+  };
+  // f32 panels of every factor, those of the wide one in f64 too; of each byte a rank passes half twice.
+  const double bytes = 4 * (6 * 4 * panel_entries(8) + (4 + 8) * panel_entries(4096));
+  cluster.network.within_node_gbs = cluster.network.device_within_node_gbs = 1e-9;
+  EXPECT_NEAR(sent_s() / bytes, 2.0 / 2, 1e-9);
+  // NCCL passes it once.
+  cluster.device = "cuda";
+  cluster.memory.device_gib = 1;
+  EXPECT_NEAR(sent_s() / bytes, 1.0 / 2, 1e-9);
+}
+
 TEST(Time, RowsOfDevicesTakeTheirRates) {
   model::ModelConfig model = tiny_model();
   config::RunConfig config = tiny_config();

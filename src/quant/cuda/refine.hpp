@@ -8,17 +8,17 @@ namespace isobath::quant::cuda {
 struct RefinedColumns {
   int64_t n_rows;
   int n_columns;
-  float* values;     ///< as a loader sees them
-  float* steps;      ///< codes from the zero point
-  float* gradients;  ///< of these columns
-  float* changes;    ///< out: values − values before
-  const float*
-      curvature;  ///< [i · stride + j]: (H + λI)/mean of these columns, 0 where one is dead; symmetric
+  float* values;           ///< as a loader sees them
+  float* steps;            ///< codes from the zero point
+  const float* gradients;  ///< of these columns
+  float* changes;          ///< out: values − values before
+  /// [i · stride + j]: (H + λI)/mean of these columns, 0 where one is dead; symmetric, bit by bit.
+  const float* curvature;
   int64_t stride;
 };
 
 /// Moves every code of at most kBlockColumns columns, one column after the other: refine_column.hpp's
-/// refine_column. The gradients are moved within the block.
+/// refine_column.
 ///
 /// order [n_columns], width: as Rounded's; grids: of all groups.
 int refine_codes(const RefinedColumns& columns, const int64_t* order, int64_t width, const GridRules& rules,
