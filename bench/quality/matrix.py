@@ -7,6 +7,8 @@ base            isobath's keys that all configurations share
 grids           name -> isobath's keys of the grid
 configurations  name -> {set: keys that differ from base} for isobath, or {peer: script, options: [...]}; with
                 budget and method: widths come from `isobath allocate`; models and grids: names it is limited to
+scores          what `isobath allocate` chooses by: widths (bits), whose checkpoints are made with the keys of `set` and then
+                scored on so many `sequences` of this `length`, with `samples` label draws each
 """
 import hashlib
 import json
@@ -18,10 +20,12 @@ import yaml
 # Keys that what `isobath measure` leaves depends on; every other key may differ between runs that share it.
 MEASURED = ("sensitivity.loss", "sensitivity.samples", "sensitivity.row_groups", "sensitivity.grouping",
             "sensitivity.grouping_sequences", "sensitivity.per_sequence", "sensitivity.probes",
-            "sensitivity.covariance", "sensitivity.gram.bits")
-# Keys that the scores of widths depend on besides.
-SCORED = ("quantization.group", "quantization.symmetric", "quantization.clip_search")
+            "sensitivity.covariance")
 REFERENCE = "default"
+
+
+def digest_of(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -52,17 +56,18 @@ class Run:
                                                       and self.keys.get("quantization.solver") != "round_to_nearest"))
 
     def measured_keys(self):
-        scored = SCORED if self.keys.get("sensitivity.gram.bits") else ()
-        return {key: self.keys[key] for key in MEASURED + scored if key in self.keys}
+        return {key: self.keys[key] for key in MEASURED if key in self.keys}
 
     def measure_name(self):
-        digest = hashlib.sha256(json.dumps(self.measured_keys(), sort_keys=True).encode()).hexdigest()
-        return f"{self.model}/measure-{self.seed}-{digest[:12]}"
+        return f"{self.model}/measure-{self.seed}-{digest_of(self.measured_keys())[:12]}"
+
+    def score_name(self, scores):
+        """Of the statistics that widths are allocated by: runs of equal keys share them, whatever their budgets."""
+        return f"{self.model}/scores-{self.seed}-{digest_of([self.keys, scores])[:12]}"
 
     def fingerprint(self, setting):
         """Of everything that the result depends on but files and program: a result with another one is made again."""
-        what = [self.keys, self.peer, list(self.options), self.budget, self.method, setting]
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+        return digest_of([self.keys, self.peer, list(self.options), self.budget, self.method, setting])[:16]
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Matrix:
     models: dict
     setting: dict
     runs: list
+    scores: dict
 
     def setting_of(self, model):
         """The setting for a model: as many tokens, in sequences and windows that are not longer than it allows."""
@@ -83,7 +89,7 @@ class Matrix:
 
 def read(path, setting_name):
     data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    known = {"settings", "models", "base", "grids", "configurations"}
+    known = {"settings", "models", "base", "grids", "configurations", "scores"}
     if set(data) - known:
         raise SystemExit(f"{path}: unknown {', '.join(sorted(set(data) - known))}; known: {', '.join(sorted(known))}")
     if setting_name not in data["settings"]:
@@ -103,4 +109,7 @@ def read(path, setting_name):
                         runs.append(Run(model, grid, seed, name, keys, entry.get("peer", ""),
                                         tuple(map(str, entry.get("options", []))), entry.get("budget", 0.0),
                                         entry.get("method", "quadratic")))
-    return Matrix(data["models"], setting, runs)
+    scores = data.get("scores", {})
+    if not scores and any(run.budget > 0 for run in runs):
+        raise SystemExit(f"{path}: a configuration has a budget, but there are no `scores` to allocate by")
+    return Matrix(data["models"], setting, runs, scores)

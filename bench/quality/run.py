@@ -134,6 +134,34 @@ class Bench:
             done.write_text(json.dumps(seconds), encoding="utf-8")
         return directory, json.loads(done.read_text())
 
+    def score(self, run, measured):
+        """The keys of the statistics that widths are allocated by, and the seconds that these cost once: a checkpoint of
+        each width, and its scores on shorter and more sequences than the calibration has."""
+        scores, directory = self.matrix.scores, self.folder / run.score_name(self.matrix.scores)
+        log, done = self.folder / "logs" / run.score_name(scores), directory / "seconds.json"
+        tokens = self.folder / run.model / f"scores-{run.seed}.safetensors"
+        sample_rows(Path(self.matrix.models[run.model]["calibration"]), tokens, scores["sequences"], scores["length"],
+                    run.seed)
+        # Beside the directory of the run, which isobath makes itself.
+        widths = directory.with_name(directory.name + "-widths")
+        of_width = {bits: widths / f"{bits}-bit" for bits in scores["bits"]}
+        keys = {**run.keys, "output": str(directory), "calibration.tokens": str(tokens),
+                "calibration.sequences": scores["sequences"], "calibration.length": scores["length"],
+                "sensitivity.samples": scores["samples"], "sensitivity.gram.bits": scores["bits"],
+                "sensitivity.gram.checkpoints": [str(path / "model") for path in of_width.values()]}
+        if not done.exists():
+            shutil.rmtree(directory, ignore_errors=True)
+            shutil.rmtree(widths, ignore_errors=True)
+            seconds = 0.0
+            for bits, path in of_width.items():
+                seconds += self.isobath("run", run, {
+                    **run.keys, **scores.get("set", {}), "quantization.bits": bits, "output": str(path),
+                    "sensitivity.reuse": str(measured / "measure")}, log / f"{bits}-bit.log")
+            seconds += self.isobath("measure", run, keys, log / "measure.log")
+            shutil.rmtree(widths)
+            done.write_text(json.dumps(seconds), encoding="utf-8")
+        return keys, json.loads(done.read_text())
+
     def make(self, run, directory):
         """Makes the checkpoint of a run; returns what is known of it without evaluating."""
         log = self.folder / "logs" / f"{run.name}.log"
@@ -144,10 +172,11 @@ class Bench:
             measured, seconds = self.measure(run)
             keys["sensitivity.reuse"] = str(measured / "measure")
             if run.budget > 0:
+                scored_keys, scoring = self.score(run, measured)
                 widths = self.folder / "logs" / f"{run.name}-bits.yaml"
                 widths.parent.mkdir(parents=True, exist_ok=True)
-                seconds += self.isobath("allocate", run, {**run.keys, "output": str(measured)}, log.with_suffix(".allocate"),
-                                        "--budget", run.budget, "--method", run.method, "--output", widths, ranks=1)
+                seconds += scoring + self.isobath("allocate", run, scored_keys, log.with_suffix(".allocate"), "--budget",
+                                                  run.budget, "--method", run.method, "--output", widths, ranks=1)
                 keys["quantization.allocation"] = str(widths)
         seconds += self.isobath("run", run, keys, log)
         events = map(json.loads, (directory / "events.jsonl").read_text(encoding="utf-8").splitlines())

@@ -156,6 +156,15 @@ void add_sensitivity_keys(Table& t) {
       {{"type", "array"}, {"items", bits_schema()}, {"uniqueItems", true}},
       [](RunConfig& c, const YAML::Node& node) { c.sensitivity.gram_bits = read_widths(node); },
       [](const RunConfig& c) { return ordered_json(c.sensitivity.gram_bits).dump(); });
+  t.add(
+      "sensitivity.gram.checkpoints", "list of paths", "",
+      "Quantized versions of the model, one a width of sensitivity.gram.bits and in its order: scores what "
+      "the "
+      "solver made of each width instead of rounding to nearest, so that `isobath allocate` sees the errors "
+      "that will be made. Empty rounds. Keeps these weights of the rank's blocks in memory while measuring.",
+      {{"type", "array"}, {"items", {{"type", "string"}, {"minLength", 1}}}},
+      [](RunConfig& c, const YAML::Node& node) { c.sensitivity.gram_checkpoints = read_paths(node); },
+      [](const RunConfig& c) { return ordered_json(c.sensitivity.gram_checkpoints).dump(); });
   t.text(
       "sensitivity.reuse", [](auto& c) -> auto& { return c.sensitivity.reuse; }, false,
       "Finished measure/ directory of another run to use instead of measuring; empty measures.");

@@ -34,6 +34,7 @@ struct Key {
 /// Distinct widths in ascending order, or an empty list.
 [[nodiscard]] std::vector<int> read_widths(const YAML::Node& node);
 [[nodiscard]] int64_t read_group(const YAML::Node& node);
+[[nodiscard]] std::vector<std::string> read_paths(const YAML::Node& node);
 [[nodiscard]] std::vector<std::string> read_patterns(const YAML::Node& node);
 [[nodiscard]] std::vector<Override> read_overrides(const YAML::Node& node);
 

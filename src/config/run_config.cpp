@@ -60,6 +60,14 @@ class Parser {
                          "one label per "
                          "token, use loss fisher to draw several",
                          config_.sensitivity.loss, config_.sensitivity.samples));
+    const Sensitivity& sensitivity = config_.sensitivity;
+    if (!sensitivity.gram_checkpoints.empty() &&
+        sensitivity.gram_checkpoints.size() != sensitivity.gram_bits.size())
+      report(place("sensitivity.gram.checkpoints"),
+             fmt::format(
+                 "sensitivity.gram.checkpoints: expected one a width of sensitivity.gram.bits, found {} of "
+                 "{} widths",
+                 sensitivity.gram_checkpoints.size(), sensitivity.gram_bits.size()));
     if (!config_.model.empty() && config_.model == config_.output)
       report(place("output"),
              "output: expected another directory than model, found the same; results never replace the "

@@ -97,6 +97,14 @@ std::vector<int> read_widths(const YAML::Node& node) {
   return widths;
 }
 
+std::vector<std::string> read_paths(const YAML::Node& node) {
+  if (!node.IsSequence())
+    mismatch("expected a list of paths such as [runs/three-bits/model], found {}", found_text(node));
+  std::vector<std::string> paths;
+  for (const auto& entry : node) paths.push_back(read_text(entry));
+  return paths;
+}
+
 int64_t read_group(const YAML::Node& node) {
   if (node.IsScalar() && node.Scalar() == "channel") return 0;
   if (node.IsScalar() && node.Tag() != "!") {

@@ -83,15 +83,13 @@ void validate(AllocationReport& report) {
   const AllocationProblem& problem = report.problem;
   const allocate::Candidates& candidates = problem.candidates;
   const auto on_all = [&](const Allocation& allocation) {
-    return allocate::sample_loss(problem.scores, allocation.selection, problem.tokens_per_sequence,
-                                 report.with_linear);
+    return allocate::sample_loss(problem.scores, allocation.selection);
   };
   const auto held_out = [&](const allocate::Choose& choose) {
-    return allocate::held_out_loss(problem.scores, candidates, problem.tokens_per_sequence,
-                                   report.with_linear, problem.n_samples, report.loss.shrinkage, choose);
+    return allocate::held_out_loss(problem.scores, candidates, report.loss.coupling.shrinkage, choose);
   };
   constexpr int64_t kLeastSequences = 4;
-  const bool has_folds = problem.n_sequences >= kLeastSequences;
+  const bool has_folds = problem.scores.n_sequences() >= kLeastSequences;
   for (Allocation& allocation : report.methods) {
     if (allocation.method != "quadratic" && allocation.method != "diagonal")
       allocation.held_out = on_all(allocation);
@@ -142,13 +140,10 @@ void allocate_locally(const config::RunConfig& config, const AllocateRequest& re
   AllocationProblem problem = read_problem(config, model, statistics);
   problem.candidates.budget = budget_in_bits(problem, request);
   // Labels drawn from the model have gradients of mean zero; those of the data need not.
-  const bool with_linear = request.first_order && config.sensitivity.loss == "nll";
-  const double shrinkage = validated_shrinkage(problem.scores, problem.candidates,
-                                               problem.tokens_per_sequence, with_linear, problem.n_samples);
-  const QuadraticLoss loss =
-      estimate_loss(problem.scores, problem.candidates, problem.tokens_per_sequence, with_linear, shrinkage);
+  problem.scores.with_linear = request.first_order && config.sensitivity.loss == "nll";
+  const double shrinkage = validated_shrinkage(problem.scores, problem.candidates);
+  const QuadraticLoss loss = estimate_loss(problem.scores, problem.candidates, shrinkage);
   AllocationReport report = solve(problem, loss, request.method);
-  report.with_linear = with_linear;
   validate(report);
 
   const Allocation& chosen = report.methods[report.chosen];

@@ -78,17 +78,18 @@ std::string allocation_table(const AllocationReport& report) {
   const Allocation& chosen = report.methods[report.chosen];
   const auto diagonal = std::ranges::find(report.methods, "diagonal", &Allocation::method);
   std::string text = method_table(report);
+  const allocate::Coupling& coupling = report.loss.coupling;
   text += fmt::format(
-      "Predicted loss: increase in nats per token, {}½ xᵀCx/T, C = E[s sᵀ] of {} sequences{}, off-diagonal "
-      "shrunk "
-      "by {:.2f}.\nAdditive part: without the pairs of different sets. Held out: chosen on three quarters of "
-      "the "
+      "Predicted loss: increase in nats per token, {}½ xᵀCx/T, C = E[s sᵀ] of {} sequences{}.\n"
+      "Correlation of two sets d blocks apart: {:.2f} x {:.2f}^d of the one found, and {:.3f} x {:.2f}^d as "
+      "all have.\n"
+      "Additive part: without the pairs of different sets. Held out: chosen on three quarters of the "
       "sequences, judged on the fourth,\nnothing shrunk; to uniform: of these. No selection within the "
-      "budget is "
-      "predicted below the bound.\n\n",
-      report.with_linear ? "E[s]·x/T + " : "", problem.n_sequences,
-      problem.n_samples > 1 ? fmt::format(" and {} label draws", problem.n_samples) : "",
-      report.loss.shrinkage);
+      "budget "
+      "is predicted below the bound.\n\n",
+      problem.scores.with_linear ? "E[s]·x/T + " : "", problem.scores.n_sequences(),
+      problem.scores.samples > 1 ? fmt::format(" and {} label draws", problem.scores.samples) : "",
+      1 - coupling.shrinkage, coupling.decay, coupling.shrinkage * coupling.common, coupling.common_decay);
   text += width_table(report);
   text +=
       fmt::format("Numbers under q/k/v, o, gate/up, down are blocks.\npredicted loss {:+.5f} nats per token",
@@ -109,10 +110,14 @@ std::string allocation_json(const AllocationReport& report,
   result["units"] = "losses in nats per token; mean_bits in stored bits a weight, scales included";
   result["budget_bits"] = problem.candidates.budget;
   result["n_weights"] = problem.n_weights;
-  result["n_sequences"] = problem.n_sequences;
-  result["n_samples"] = problem.n_samples;
-  result["shrinkage"] = report.loss.shrinkage;
-  result["first_order_term"] = report.with_linear;
+  result["n_sequences"] = problem.scores.n_sequences();
+  result["n_samples"] = problem.scores.samples;
+  const allocate::Coupling& coupling = report.loss.coupling;
+  result["coupling"] = {{"shrinkage", coupling.shrinkage},
+                        {"decay_per_block", coupling.decay},
+                        {"common", coupling.common},
+                        {"common_decay_per_block", coupling.common_decay}};
+  result["first_order_term"] = problem.scores.with_linear;
   result["lower_bound"] = report.bound;
   result["methods"] = nlohmann::ordered_json::array();
   for (const Allocation& allocation : report.methods)

@@ -85,11 +85,12 @@ class Builder {
     for (const int64_t bits : set.bits) add_candidate(set, bits, projections, scores);
     problem_.n_weights += set.n_weights;
     problem_.candidates.first.push_back(problem_.candidates.size());
+    problem_.scores.block.push_back(set.block);
     problem_.sets.push_back(std::move(set));
   }
 
   AllocationProblem finish() {
-    problem_.scores = columns_.empty() ? at::Tensor() : at::stack(columns_, 1);
+    if (!columns_.empty()) problem_.scores.values = at::stack(columns_, 1);
     return std::move(problem_);
   }
 
@@ -97,18 +98,18 @@ class Builder {
   void set_sizes(const std::vector<const ModuleScores*>& modules, const std::filesystem::path& file) {
     for (const ModuleScores* module : modules) {
       const at::Tensor& s = module->perturbations.first_order;
-      if (problem_.n_sequences == 0) {
-        problem_.n_sequences = s.size(0);
-        problem_.n_samples = s.size(1);
+      if (n_sequences_ == 0) {
+        n_sequences_ = s.size(0);
+        problem_.scores.samples = s.size(1);
         // The first token of a sequence is predicted by nothing.
-        problem_.tokens_per_sequence =
+        problem_.scores.tokens_per_sequence =
             static_cast<double>(module->n_tokens - s.size(0)) / static_cast<double>(s.size(0));
       }
-      if (s.size(0) != problem_.n_sequences || s.size(1) != problem_.n_samples ||
-          problem_.tokens_per_sequence <= 0)
+      if (s.size(0) != n_sequences_ || s.size(1) != problem_.scores.samples ||
+          problem_.scores.tokens_per_sequence <= 0)
         fail<DataError>(
             "{}: expected scores of {} sequences and {} draws with predicted tokens, found {} and {}",
-            file.string(), problem_.n_sequences, problem_.n_samples, s.size(0), s.size(1));
+            file.string(), n_sequences_, problem_.scores.samples, s.size(0), s.size(1));
     }
   }
 
@@ -116,7 +117,7 @@ class Builder {
                      const std::vector<const Perturbations*>& scores) {
     double stored = 0, trace = 0, output = 0, weighted = 0;
     at::Tensor s;
-    const auto n = static_cast<double>(problem_.n_sequences);
+    const auto n = static_cast<double>(n_sequences_);
     for (size_t m = 0; m < scores.size(); ++m) {
       const Perturbations& p = *scores[m];
       const auto k = std::ranges::find(p.bits, bits) - p.bits.begin();
@@ -136,7 +137,7 @@ class Builder {
     }
     if (!std::isfinite(s.sum().item<double>() + trace + output + weighted))
       fail<DataError>("{} at {} bits: the scores are not finite; measure again", set.name(), bits);
-    const double tokens = problem_.tokens_per_sequence;
+    const double tokens = problem_.scores.tokens_per_sequence;
     problem_.candidates.cost.push_back(std::llround(stored));
     problem_.scored["hawq-v2"].push_back(0.5 * trace / tokens);
     problem_.scored["output"].push_back(output / tokens);
@@ -147,6 +148,7 @@ class Builder {
   const config::RunConfig& config_;
   const model::ModelConfig& model_;
   AllocationProblem problem_;
+  int64_t n_sequences_ = 0;
   std::vector<at::Tensor> columns_;  // [n_draws] a candidate
 };
 

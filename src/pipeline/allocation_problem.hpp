@@ -28,11 +28,10 @@ struct FusedSet {
 struct AllocationProblem {
   std::vector<FusedSet> sets;
   allocate::Candidates candidates;
-  at::Tensor scores;  ///< [n_draws, n] f64: s of the sets, row = sequence, draw
+  allocate::Scores scores;
   std::map<std::string, std::vector<double>>
       scored;  ///< method -> [n] additive score, nats per token or its own unit
-  int64_t n_weights = 0, n_sequences = 0, n_samples = 0;
-  double tokens_per_sequence = 0;  ///< that are predicted
+  int64_t n_weights = 0;
 
   [[nodiscard]] int64_t bits_of(size_t set, int64_t candidate) const {
     return sets[set].bits[static_cast<size_t>(candidate - candidates.first[set])];
@@ -65,7 +64,6 @@ struct AllocationReport {
   std::optional<Allocation> uniform;  ///< the widest single width that fits; none when no width does
   double bound = 0;                   ///< of every selection's predicted loss
   size_t chosen = 0;                  ///< index of methods
-  bool with_linear = false;
 };
 [[nodiscard]] std::string allocation_table(const AllocationReport& report);
 /// provenance: text fields that go in front.

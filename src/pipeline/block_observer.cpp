@@ -52,9 +52,12 @@ BlockObserver::BlockObserver(const Session& session, const CalibrationSet& calib
   for (int p = 0; p < model::kProjections; ++p) {
     const auto projection = static_cast<model::Projection>(p);
     const std::string name = model::module_name(block, projection);
-    if (config::choice_for(session.config.quantization, name).quantized)
-      modules_[static_cast<size_t>(p)].perturbations.emplace(
-          session, name, (*options.perturbed)[projection].weight, local_sequences_);
+    if (!config::choice_for(session.config.quantization, name).quantized) continue;
+    std::vector<at::Tensor> versions;
+    for (const model::BlockWeights& version : options.perturbed_versions)
+      versions.push_back(version[projection].weight);
+    modules_[static_cast<size_t>(p)].perturbations.emplace(
+        session, name, (*options.perturbed)[projection].weight, std::move(versions), local_sequences_);
   }
 }
 

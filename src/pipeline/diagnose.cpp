@@ -14,6 +14,7 @@
 #include <isobath/pipeline/evaluate.hpp>
 #include <isobath/pipeline/share.hpp>
 #include <isobath/pipeline/statistics_files.hpp>
+#include <isobath/pipeline/versions.hpp>
 #include <isobath/report/progress.hpp>
 #include <isobath/sensitivity/perturbation.hpp>
 #include <isobath/sensitivity/token_weights.hpp>

@@ -21,6 +21,8 @@ constexpr double kMostCurvatureRatio = 2, kLeastCurvatureRatio = 0.5;
 constexpr double kLeastEffectivePerChannel = 1;
 constexpr double kMostCrossTokenMass = 0.5;
 constexpr double kMostCoupling = 0.5;
+// Standard errors that a coupling must exceed to be told from none.
+constexpr double kCouplingErrors = 2;
 constexpr double kMostUnderestimation = 2;
 
 /// One linear or block: predictions and measurements in nats per token.
@@ -29,7 +31,8 @@ struct Line {
   double first_order = 0;   ///< of the loss with the data's labels
   double second_order = 0;  ///< ½ E[s²] with drawn labels: predicts KL
   double objective = 0;     ///< ½ Σ D‖ΔWx‖²: what the solver minimises, in nats
-  double off_diagonal = 0;  ///< share of Σ_k C_lk that stands off the diagonal
+  /// Share of Σ_k C_lk that stands off the diagonal; none where that part is within its error.
+  std::optional<double> off_diagonal;
   std::optional<double> kl, kl_of_tenth, nll_change;
   std::optional<double> cross_token_mass, effective_per_channel;
 
@@ -48,7 +51,12 @@ class Derived {
   explicit Derived(const Diagnosis& d) : d_(d), n_tokens_(item(d.n_tokens.sum())) {
     const int64_t n_draws = d.fisher.size(0) * d.fisher.size(1);
     const at::Tensor s = d.fisher.reshape({n_draws, -1});
-    const at::Tensor row_sums = at::mm(s.t(), s.sum(1, true)).squeeze(1), diagonal = s.square().sum(0);
+    const at::Tensor diagonal = s.square().sum(0);
+    // Draw by draw, what the others bring to Σ_k C_lk.
+    const at::Tensor coupling = s * (s.sum(1, true) - s), others = coupling.sum(0);
+    const auto n = static_cast<double>(n_draws);
+    const at::Tensor error =
+        ((coupling.square().sum(0) - others.square() / n) / std::max(1.0, n - 1) * n).sqrt();
     // Sums over sequences, means over the draws of each.
     const double draws = static_cast<double>(d.fisher.size(1));
     for (int64_t m = 0; m < s.size(1); ++m) {
@@ -57,8 +65,9 @@ class Derived {
       line.first_order = item(d.first_order.select(1, m).sum()) / n_tokens_;
       line.second_order = item(diagonal[m]) / (2 * draws * n_tokens_);
       line.objective = item(d.weighted_change.select(1, m).sum()) / (2 * n_tokens_);
-      const double row = item(row_sums[m]);
-      line.off_diagonal = row != 0 ? 1 - item(diagonal[m]) / row : 0;
+      const double row = item(diagonal[m]) + item(others[m]);
+      if (row != 0 && n_draws > 1 && std::abs(item(others[m])) > kCouplingErrors * item(error[m]))
+        line.off_diagonal = item(others[m]) / row;
       line.cross_token_mass = d.cross_token_mass[static_cast<size_t>(m)];
       line.effective_per_channel = d.effective_per_channel[static_cast<size_t>(m)];
     }
@@ -152,9 +161,9 @@ std::vector<std::string> reasons_of(const Line& line, double total) {
   if (line.cross_token_mass && *line.cross_token_mass > kMostCrossTokenMass)
     reasons.push_back(fmt::format("tokens act together (cross-token mass {:.2f}), which D does not see",
                                   *line.cross_token_mass));
-  if (std::abs(line.off_diagonal) > kMostCoupling)
-    reasons.push_back(
-        fmt::format("errors of other linears add to it (off-diagonal share {:.2f})", line.off_diagonal));
+  if (line.off_diagonal && std::abs(*line.off_diagonal) > kMostCoupling)
+    reasons.push_back(fmt::format("errors of other linears {} it (off-diagonal share {:.2f})",
+                                  *line.off_diagonal > 0 ? "add to" : "cancel", *line.off_diagonal));
   if (line.kl && *line.kl > kMostUnderestimation * line.objective)
     reasons.push_back(fmt::format("measured {:.1f} times the prediction", *line.kl / line.objective));
   return reasons;
@@ -174,7 +183,7 @@ ordered_json to_json(const Line& line) {
           {"curvature_ratio", maybe(line.curvature_ratio())},
           {"effective_samples_per_channel", maybe(line.effective_per_channel)},
           {"cross_token_mass", maybe(line.cross_token_mass)},
-          {"off_diagonal_share", line.off_diagonal}};
+          {"off_diagonal_share", maybe(line.off_diagonal)}};
 }
 
 std::string number(const std::optional<double>& value, const char* format = "{:.3e}") {

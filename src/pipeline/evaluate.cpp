@@ -8,10 +8,10 @@
 #include <isobath/core/stop_signal.hpp>
 #include <isobath/core/timer.hpp>
 #include <isobath/core/trace.hpp>
-#include <isobath/formats/compressed_tensors.hpp>
 #include <isobath/model/head.hpp>
 #include <isobath/pipeline/link.hpp>
 #include <isobath/pipeline/share.hpp>
+#include <isobath/pipeline/versions.hpp>
 #include <isobath/report/progress.hpp>
 #include <nlohmann/json.hpp>
 
@@ -25,27 +25,6 @@ constexpr int64_t kWindowsPerLine = 8;
 
 // Rows of the per-token table that every window fills.
 enum MetricRow { kNllOriginal, kNllQuantized, kKl, kSameTop1, kMetricRows };
-
-}  // namespace
-
-model::WeightStore open_version(const Session& session, const std::filesystem::path& quantized) {
-  std::shared_ptr<model::CheckpointReader> reader;
-  session.world().agree_on([&] {
-    const auto schemes = std::make_shared<const formats::compressed_tensors::SchemeTable>(quantized);
-    reader = std::make_shared<model::CheckpointReader>(
-        quantized, [schemes](const io::ShardedReader& shards, const std::string& module) {
-          return schemes->decode(shards, module);
-        });
-    const model::ModelConfig &a = session.model(), &b = reader->config();
-    if (a.vocab_size != b.vocab_size || a.n_blocks != b.n_blocks || a.d_model != b.d_model)
-      fail<DataError>("{} is not a version of {}: blocks {} and {}, d_model {} and {}, vocabulary {} and {}",
-                      quantized.string(), session.config.model, b.n_blocks, a.n_blocks, b.d_model, a.d_model,
-                      b.vocab_size, a.vocab_size);
-  });
-  return open_weights(session, std::move(reader));
-}
-
-namespace {
 
 /// The windows of this rank's replica on their way through all versions of the model, the original first.
 class WindowPass {

@@ -24,7 +24,12 @@ MeasureSteps::MeasureSteps(const Session& session, const CalibrationSet& calibra
 BlockObserver::Options MeasureSteps::options_of(BlockObserver::Options collected, int64_t block,
                                                 const model::BlockWeights& weights) const {
   collected.n_samples = loss_.n_samples;
-  if (pass_.with_perturbations) collected.perturbed = &weights;
+  if (pass_.with_perturbations) {
+    collected.perturbed = &weights;
+    for (const auto& version : pass_.perturbed_versions)
+      collected.perturbed_versions.push_back(
+          version->read_block(block, session_.model().dtype, session_.device));
+  }
   if (collected.profiled == nullptr)
     collected.row_groups =
         clusters_rows(session_.config.sensitivity) ? pass_.row_groups.at(block) : row_groups_of(session_);

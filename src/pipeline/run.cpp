@@ -14,6 +14,7 @@
 #include <isobath/pipeline/quantize.hpp>
 #include <isobath/pipeline/row_grouping.hpp>
 #include <isobath/pipeline/validate.hpp>
+#include <isobath/pipeline/versions.hpp>
 #include <isobath/report/progress.hpp>
 #include <isobath/report/table.hpp>
 #include <nlohmann/json.hpp>
@@ -227,6 +228,8 @@ void run(const config::RunConfig& given, const std::vector<Stage>& stages, bool 
   std::optional<data::TokenSet> windows;  // refused now, not when the model is quantized
   if (contains(stages, Stage::evaluate) && !config.evaluation.tokens.empty())
     windows = open_evaluation(session);
+  std::vector<std::shared_ptr<const model::CheckpointReader>> perturbed;
+  if (creates) perturbed = open_perturbed_versions(session);
   Prediction prediction(session);
   const checkpoint::Fingerprint fingerprint = fingerprint_of(session, calibration);
 
@@ -264,6 +267,7 @@ void run(const config::RunConfig& given, const std::vector<Stage>& stages, bool 
   if (contains(stages, Stage::measure) && !is_measured && (is_weighted || is_measure_alone)) {
     const Timer measuring;
     MeasurePass pass{.title = "measure", .source = {}, .directory = statistics, .with_perturbations = true};
+    pass.perturbed_versions = creates ? std::move(perturbed) : open_perturbed_versions(session);
     if (clusters_rows(config.sensitivity))
       pass.row_groups = measure_row_groups(session, calibration, weights, events);
     closing.measured = measure(session, calibration, weights, pass, events);

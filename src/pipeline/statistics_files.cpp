@@ -31,7 +31,8 @@ void write_perturbations(io::Hdf5Writer& file, const std::string& module, const 
   dataset("gradient_norm", scores.gradient_norm, "nat^2 per weight unit^2",
           "||G^T X||^2 of sequence s, draw r");
   dataset("weight_change", scores.weight_change, "weight unit^2", "||dW_k||^2");
-  file.attribute(group, "rounding", "to nearest, without importance");
+  file.attribute(group, "rounding",
+                 scores.is_solved ? "as in quantized checkpoints" : "to nearest, without importance");
   file.attribute(group, "group", scores.grid.group);
   file.attribute(group, "symmetric", int64_t{scores.grid.symmetric});
   file.attribute(group, "clip_search", int64_t{scores.grid.clip_search});

@@ -44,7 +44,7 @@ class Matrix(unittest.TestCase):
         return matrix.read(QUALITY / name, "full").runs
 
     def test_names_are_unique(self):
-        for name in ("defaults.yaml", "peers.yaml", "mixed.yaml"):
+        for name in ("defaults.yaml", "peers.yaml", "mixed.yaml", "reestimation.yaml"):
             names = [run.name for run in self.read(name)]
             self.assertEqual(len(names), len(set(names)), name)
 
@@ -62,6 +62,18 @@ class Matrix(unittest.TestCase):
         run, other = self.read("defaults.yaml")[:2]
         self.assertNotEqual(run.fingerprint({"sequences": 1}), other.fingerprint({"sequences": 1}))
         self.assertNotEqual(run.fingerprint({"sequences": 1}), run.fingerprint({"sequences": 2}))
+
+    def test_scores_are_shared_by_budgets_and_methods(self):
+        found = matrix.read(QUALITY / "mixed.yaml", "full")
+        names = {run.score_name(found.scores) for run in found.runs if run.model == "small" and run.seed == 0 and run.budget > 0}
+        self.assertEqual(len(names), 1)
+
+    def test_a_budget_needs_scores(self):
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            file.write("settings: {full: {seeds: 1}}\nmodels: {a: {}}\ngrids: {g: {}}\nconfigurations: {x: {budget: 3}}\n")
+            file.flush()
+            with self.assertRaisesRegex(SystemExit, "scores"):
+                matrix.read(file.name, "full")
 
     def test_unknown_key_is_refused(self):
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:

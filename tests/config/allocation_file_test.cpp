@@ -71,6 +71,15 @@ TEST(Widths, AreDistinctAndAscending) {
             std::string::npos);
   EXPECT_NE(problem_of(kMinimal, {"sensitivity.gram.bits=[3, 3]"}).find("found 3 after 3"),
             std::string::npos);
+  EXPECT_EQ(
+      parse(kMinimal, {"sensitivity.gram.bits=[2, 3]", "sensitivity.gram.checkpoints=[a, b]"}, "run.yaml")
+          .sensitivity.gram_checkpoints,
+      (std::vector<std::string>{"a", "b"}));
+  EXPECT_NE(problem_of(kMinimal, {"sensitivity.gram.bits=[2, 3]", "sensitivity.gram.checkpoints=[a]"})
+                .find("one a width of sensitivity.gram.bits, found 1 of 2"),
+            std::string::npos);
+  EXPECT_NE(problem_of(kMinimal, {"sensitivity.gram.checkpoints=a"}).find("a list of paths"),
+            std::string::npos);
   EXPECT_NE(problem_of(kMinimal, {"sensitivity.gram.bits=4"}).find("expected a list of widths"),
             std::string::npos);
 }

@@ -1,9 +1,12 @@
 """Widths are allocated from scores, quantize takes them on another layout of ranks, and every mismatch is told."""
 import json
 import os
+import pathlib
 import re
 import subprocess
 
+import h5py
+import numpy
 from isobath_system import BLOCKS, ENVIRONMENT, Workspace, binary, run_well, write_tokens
 
 FUSED_SETS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
@@ -11,6 +14,7 @@ FUSED_SETS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("se
 METHODS = ("quadratic", "diagonal", "weighted", "hawq-v2", "output")
 # Group 32 in bf16: 0.5 bits a weight for scales.
 BUDGET = 3.4
+SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "launch" / "mixed.sh"
 
 
 def call(command, config, *options, ranks=1):
@@ -97,6 +101,62 @@ def pinned(space, config):
     assert all(bits == 4 for module, bits in widths_of(output).items() if module.endswith("down_proj"))
 
 
+def h5py_text(value):
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def of_checkpoints(space, config):
+    """Weights that checkpoints rounded to nearest have score as rounding them does, on any layout."""
+    for bits in (2, 3, 4):
+        well("quantize", space.config(f"rounded-{bits}", quantization={"solver": "round_to_nearest", "bits": bits}))
+    paths = [f"{space.path}/rounded-{bits}/model" for bits in (2, 3, 4)]
+    gram = {"bits": [2, 3, 4], "checkpoints": paths}
+    solved = space.config("solved", sensitivity={"gram": gram, "loss": "nll"})
+    well("measure", solved, "--set", "ranks.stages=2", ranks=2)
+    for block in range(BLOCKS):
+        with h5py.File(space.path / f"solved/measure/block-{block:05}.h5") as file, \
+                h5py.File(space.path / f"scored/measure/block-{block:05}.h5") as rounded:
+            for module in rounded:
+                found, expected = file[module]["perturbations"], rounded[module]["perturbations"]
+                assert h5py_text(found.attrs["rounding"]) == "as in quantized checkpoints"
+                for name in ("first_order", "weighted_change", "weight_change"):
+                    assert numpy.array_equal(found[name][...], expected[name][...]), (module, name)
+    chosen = well("allocate", solved, "--budget", str(BUDGET), "--output", str(space.path / "solved.yaml"))
+    assert "quadratic (chosen)" in chosen
+
+    # Refused before there is a run directory: the same output each time.
+    def refused_to_measure(mentions, **keys):
+        job = call("measure", space.config("unsolved", sensitivity={"gram": {**gram, **keys}, "loss": "nll"}))
+        assert job.returncode in (2, 3) and all(re.search(mention, job.stderr) for mention in mentions), job.stderr
+
+    refused_to_measure(["one a width", "found 2 of 3"], checkpoints=paths[:2])
+    refused_to_measure(["expected 2 bits, group 32, symmetric", "found 3 bits"], checkpoints=[paths[1], paths[1], paths[2]])
+    refused_to_measure(["no quantized weight"], checkpoints=[str(space.model), paths[1], paths[2]])
+    refused_to_measure(["absent"], checkpoints=["absent", paths[1], paths[2]])
+
+
+def by_script(space):
+    """launch/mixed.sh does all of it, and only what is left when it is called again."""
+    config = space.config("by-script", sensitivity={"gram": {"bits": [2, 4]}, "loss": "fisher", "samples": 2})
+    output = space.path / "by-script"
+
+    def call_script(*arguments):
+        environment = ENVIRONMENT | {"ISOBATH_PROGRAM": binary(), "SCORE_LENGTH": "16",
+                                     "LAUNCHER": f"{os.environ.get('ISOBATH_MPIEXEC', 'mpirun')} --quiet -n 2"}
+        return subprocess.run([str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, timeout=300)
+
+    times = []
+    for _ in range(2):
+        job = call_script(str(config), str(BUDGET))
+        assert job.returncode == 0, job.stdout + job.stderr
+        times.append((output / "mixed/model/config.json").stat().st_mtime_ns)
+        assert {record["bits"] for record in json.loads((output / "mixed/modules.json").read_text())} == {2, 4}
+    assert times[0] == times[1]
+    assert call_script(str(config)).returncode == 2
+    job = call_script(str(config), str(BUDGET), "--set", "sensitivity.gram.bits=[3]")
+    assert job.returncode == 2 and "two widths" in job.stderr, job.stderr
+
+
 def mismatches(space, config, widths):
     budget = ("--budget", str(BUDGET))
     refused(config, ["--budget", "2.5000", "4.5000"], "--budget", "2.4")
@@ -138,4 +198,6 @@ with Workspace() as workspace:
     well("measure", scored, ranks=2)
     chosen_widths = allocation_and_quantization(workspace, scored)
     pinned(workspace, scored)
+    of_checkpoints(workspace, scored)
+    by_script(workspace)
     mismatches(workspace, scored, chosen_widths)

@@ -37,7 +37,9 @@ struct Sensitivity {
   double shrinkage = -1;  ///< 0 … 1; −1: auto
   bool covariance = false;
   std::vector<int> gram_bits;  ///< widths whose perturbations are scored while measuring; empty: none
-  std::string reuse;           ///< finished measure/ directory of another run to use instead of measuring
+  /// Quantized checkpoints whose weights are those perturbations, one a width; empty: rounded to nearest.
+  std::vector<std::string> gram_checkpoints;
+  std::string reuse;  ///< finished measure/ directory of another run to use instead of measuring
 };
 struct Override {
   std::string match;   ///< module name, or "re:" + ECMAScript regular expression matched from the start
@@ -46,8 +48,8 @@ struct Override {
 };
 struct Asymmetric {
   std::string correction = "qep";  ///< none | qep | gptaq
-  double strength = 0.5;            ///< a of W + a·W·M
-  double ridge = 1.0;               ///< λ of qep, in mean diagonals of H
+  double strength = 0.5;           ///< a of W + a·W·M
+  double ridge = 1.0;              ///< λ of qep, in mean diagonals of H
   [[nodiscard]] bool is_on() const { return correction != "none"; }
 };
 struct Reestimate {

@@ -27,6 +27,9 @@ class SchemeTable {
  public:
   explicit SchemeTable(const std::filesystem::path& directory);
   [[nodiscard]] bool empty() const;
+  /// Scheme of a module by compressed-tensors' rules (exact name, pattern, class "Linear"); null when none or
+  /// ignored.
+  [[nodiscard]] const Scheme* find(const std::string& module) const;
   [[nodiscard]] at::Tensor decode(const io::ShardedReader& tensors, const std::string& module) const;
 
  private:
@@ -34,10 +37,6 @@ class SchemeTable {
     std::vector<std::string> targets;
     Scheme scheme;
   };
-  /// Scheme of a module by compressed-tensors' rules (exact name, pattern, class "Linear"); null when none or
-  /// ignored.
-  [[nodiscard]] const Scheme* find(const std::string& module) const;
-
   std::vector<Group> groups_;
   std::vector<std::string> ignored_;
 };

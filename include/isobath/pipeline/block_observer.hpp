@@ -28,6 +28,8 @@ class BlockObserver {
     BlockRowGroups row_groups = {};  ///< of D and H; not needed for profiles
     /// The block's weights when the widths of sensitivity.gram.bits are to be scored, else null.
     const model::BlockWeights* perturbed = nullptr;
+    /// What these widths make of them, in the checkpoint's dtype; empty: rounded to nearest.
+    std::vector<model::BlockWeights> perturbed_versions = {};
   };
   BlockObserver(const Session& session, const CalibrationSet& calibration, int64_t block,
                 const Options& options);

@@ -11,7 +11,7 @@ struct DiagnoseRequest {
   std::filesystem::path checkpoint;  ///< quantized model; empty: model/ of the run directory
   std::string tokens;                ///< token file of the probe set; empty: calibration.tokens
   int64_t sequences = 4;             ///< of the probe set, from the start of the file
-  int64_t samples = 4;               ///< label draws a token
+  int64_t samples = 16;              ///< label draws a token
   int64_t modules = 0;               ///< linears measured, spread evenly over the model; 0: all
   bool only_blocks = false;          ///< measures whole blocks, no single linears
   int64_t rows = 20;                 ///< of the table

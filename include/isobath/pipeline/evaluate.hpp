@@ -6,11 +6,6 @@
 
 namespace isobath::pipeline {
 
-/// This rank's weights of another version of the session's model, plain or quantized (compressed-tensors), as
-/// the configuration's residency has them. Collective over the session's world. Throws AgreedFailure: data.
-[[nodiscard]] model::WeightStore open_version(const Session& session,
-                                              const std::filesystem::path& checkpoint);
-
 /// The windows of evaluation.tokens. Collective over the session's world. Throws AgreedFailure: data, also
 /// when a window ends in padding.
 [[nodiscard]] data::TokenSet open_evaluation(const Session& session);

@@ -23,6 +23,8 @@ struct MeasurePass {
   HiddenSource original = {};       ///< kl: the original model's last hidden states, on the last stage
   std::filesystem::path directory;  ///< receives one statistics file a block
   bool with_perturbations = false;  ///< also scores the widths of sensitivity.gram.bits
+  /// What these widths make of the weights, one a width (open_perturbed_versions); empty: rounded to nearest.
+  std::vector<std::shared_ptr<const model::CheckpointReader>> perturbed_versions = {};
   /// Measured row groups of this stage's blocks, where they are not given by the configuration.
   std::map<int64_t, BlockRowGroups> row_groups = {};
 };

@@ -14,10 +14,11 @@ namespace isobath::pipeline {
 
 /// What rounding one linear to each of K widths would do, sequence by sequence
 /// (sensitivity/perturbation.hpp). Weights are rounded to nearest on `grid`, as quant::round_to_nearest does
-/// without importance.
+/// without importance, or as quantized checkpoints have them.
 struct Perturbations {
   std::vector<int64_t> bits;  ///< [K] ascending; empty: not scored
   quant::GridSpec grid;       ///< group, symmetric, clip_search, storage of all widths; its bits are not used
+  bool is_solved = false;     ///< as quantized checkpoints have them
   at::Tensor first_order;     ///< [n, samples, K] f64  s = <G, X dW^T>
   at::Tensor output_change;   ///< [n, K] f64  ||X dW^T||^2 (probes)
   at::Tensor weighted_change;  ///< [n, K] f64  tr(dW X^T D X dW^T) (probes), D the mean over row groups
