@@ -168,16 +168,22 @@ void add_commands(Builder& b) {
                    "File for all numbers; without it, diagnose.json in the run directory.")
       ->type_name("FILE");
 
-  CLI::App* inspect =
-      b.command(Command::inspect, "inspect",
-                "Lists modules by sensitivity, from a statistics file, a measure/ directory or a run "
-                "directory. Needs no mpirun.",
-                "isobath inspect runs/a/measure --top 10");
+  CLI::App* inspect = b.command(
+      Command::inspect, "inspect",
+      "Lists modules, or their parts, by sensitivity, from a statistics file, a measure/ directory or a run "
+      "directory. Needs no mpirun.",
+      "isobath inspect runs/a/measure --top 10");
   inspect->add_option("PATH", a.statistics, "Statistics file or directory.")->required();
-  inspect->add_option("--top", a.top, "Number of modules in the table.")
+  inspect->add_option("--by", a.granularity, "What is scored: weight | channel | module | block.")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"weight", "channel", "module", "block"}));
+  inspect->add_option("--model", a.model, "With --by weight: directory of the model that was measured.")
+      ->type_name("DIR");
+  inspect->add_option("--top", a.top, "Number of rows of the table.")
       ->capture_default_str()
       ->check(CLI::Range(1, 1'000'000'000));
-  inspect->add_flag("--json", a.as_json, "Prints all modules as JSON instead of the table.");
+  inspect->add_flag("--json", a.as_json,
+                    "Prints JSON instead of the table: all modules, or the --top first of other parts.");
 
   CLI::App* compare = b.command(
       Command::compare, "compare",

@@ -117,11 +117,26 @@ void plan(const Arguments& arguments, const comm::Communicator& world) {
   });
 }
 
+std::string inspected(const Arguments& arguments) {
+  const std::string& by = arguments.granularity;
+  if (by == "weight" && arguments.model.empty())
+    fail<ConfigError>("inspect --by weight: expected --model, the directory of the model that was measured");
+  if (by != "weight" && !arguments.model.empty())
+    fail<ConfigError>("inspect --model: expected it with --by weight only, found it with --by {}", by);
+  if (by == "module")
+    return arguments.as_json ? inspect_json(arguments.statistics)
+                             : inspect_table(arguments.statistics, arguments.top);
+  return inspect_parts(arguments.statistics, {.by = by == "weight"    ? Granularity::weight
+                                                    : by == "channel" ? Granularity::channel
+                                                                      : Granularity::block,
+                                              .n_rows = arguments.top,
+                                              .as_json = arguments.as_json,
+                                              .model = arguments.model});
+}
+
 void inspect(const Arguments& arguments, const comm::Communicator& world) {
   world.agree_on([&] {
-    if (world.rank() != 0) return;
-    log::print(arguments.as_json ? inspect_json(arguments.statistics)
-                                 : inspect_table(arguments.statistics, arguments.top));
+    if (world.rank() == 0) log::print(inspected(arguments));
   });
 }
 

@@ -37,6 +37,8 @@ TEST(Arguments, EveryCommandIsKnown) {
   EXPECT_TRUE(std::get<Arguments>(parsed({"check", "--schema"})).shows_schema);
   EXPECT_EQ(std::get<Arguments>(parsed({"inspect", "p", "--top", "3", "--json"})).top, 3);
   EXPECT_EQ(std::get<Arguments>(parsed({"inspect", "p"})).top, 20);
+  EXPECT_EQ(std::get<Arguments>(parsed({"inspect", "p", "--by", "channel"})).granularity, "channel");
+  EXPECT_EQ(usage_of({"inspect", "p", "--by", "row"}).substr(0, 2), "2 ");
   EXPECT_EQ(std::get<Arguments>(parsed({"version"})).command, Command::version);
   const auto plan = std::get<Arguments>(parsed({"plan", "c", "--cluster", "k", "--ranks", "32",
                                                 "--model-config", "m", "--json", "f", "--set", "a=1"}));

@@ -5,6 +5,8 @@
 #include <isobath/cli/inspect.hpp>
 #include <isobath/core/error.hpp>
 #include <isobath/io/hdf5_file.hpp>
+#include <isobath/io/safetensors_reader.hpp>
+#include <isobath/io/safetensors_writer.hpp>
 #include <nlohmann/json.hpp>
 
 namespace isobath::cli {
@@ -21,9 +23,9 @@ class Inspect : public ::testing::Test {
   void TearDown() override { fs::remove_all(run_); }
 
   /// A block file of two modules with two channels and four tokens; `scale` multiplies α.
-  void write_block(int64_t block, double scale) const {
+  void write_block(int64_t block, double scale, const std::string& model = "tiny") const {
     io::Hdf5Writer file(run_ / "measure" / fmt::format("block-{:05d}.h5", block));
-    file.attribute("/", "model", std::string("tiny"));
+    file.attribute("/", "model", model);
     file.attribute("/", "loss", std::string("nll"));
     file.attribute("/", "n_sequences", std::string("1"));
     file.attribute("/", "length", std::string("4"));
@@ -92,6 +94,70 @@ TEST_F(Inspect, ASingleFileShowsItsModulesOnly) {
   EXPECT_EQ(result["modules"].size(), 2U);
 }
 
+TEST_F(Inspect, ChannelsOfAllModulesAreSortedPerToken) {
+  write_block(0, 1);
+  write_block(1, 10);
+
+  const auto found = nlohmann::json::parse(
+      inspect_parts(run_, {.by = Granularity::channel, .n_rows = 3, .as_json = true}))["channels"];
+
+  // 10 · 2 · {1, 3} and 10 · {1, 3} over 4 tokens.
+  ASSERT_EQ(found.size(), 3U);
+  EXPECT_EQ(found[0], (nlohmann::json{{"block", 1},
+                                      {"module", "down_proj"},
+                                      {"channel", 1},
+                                      {"max_abs_x", 7.0},
+                                      {"sensitivity_per_token", 15.0},
+                                      {"share", 0.75}}));
+  EXPECT_EQ(found[1]["module"], "q_proj");
+  EXPECT_EQ(found[1]["sensitivity_per_token"], 7.5);
+  EXPECT_EQ(found[2]["module"], "down_proj");
+  EXPECT_EQ(found[2]["channel"], 0);
+}
+
+TEST_F(Inspect, BlocksAddTheirModules) {
+  write_block(0, 1);
+  write_block(1, 3);
+
+  const auto found =
+      nlohmann::json::parse(inspect_parts(run_, {.by = Granularity::block, .as_json = true}))["blocks"];
+
+  ASSERT_EQ(found.size(), 2U);
+  EXPECT_EQ(found[0], (nlohmann::json{{"block", 1},
+                                      {"most_sensitive_module", "down_proj"},
+                                      {"sensitivity_per_token", 9.0},
+                                      {"share", 0.75}}));
+  EXPECT_NE(inspect_parts(run_, {.by = Granularity::block, .n_rows = 1}).find("75.00 %"), std::string::npos);
+}
+
+TEST_F(Inspect, WeightsHaveTheSaliencyOfTheirChannel) {
+  const at::Tensor q = at::tensor({1.0, -2.0, 0.5, 4.0}).to(at::kFloat).reshape({2, 2});
+  io::write_safetensors(
+      run_ / "model.safetensors",
+      {{"model.layers.0.self_attn.q_proj.weight", q}, {"model.layers.0.mlp.down_proj.weight", 0.1 * q}}, {});
+  write_block(0, 1, io::ShardedReader(run_).fingerprint());
+  const PartsRequest request{.by = Granularity::weight, .n_rows = 3, .as_json = true, .model = run_};
+
+  const auto found = nlohmann::json::parse(inspect_parts(run_, request))["weights"];
+
+  // q: ½ · {1, 3} / (4 tokens · 2 rows) · w² = 1/16 · {1 · 1, 3 · 4; 1 · 0.25, 3 · 16}.
+  ASSERT_EQ(found.size(), 3U);
+  EXPECT_EQ(found[0]["module"], "q_proj");
+  EXPECT_EQ(found[0]["row"], 1);
+  EXPECT_EQ(found[0]["channel"], 1);
+  EXPECT_EQ(found[0]["weight"], 4.0);
+  EXPECT_EQ(found[0]["saliency_per_token"], 3.0);
+  EXPECT_EQ(found[0]["share"], 48.0 / 61.25);
+  EXPECT_EQ(found[1]["weight"], -2.0);
+  EXPECT_EQ(found[1]["saliency_per_token"], 0.75);
+  EXPECT_EQ(found[2]["module"], "q_proj");
+
+  write_block(0, 1, "another");
+  EXPECT_THROW((void)inspect_parts(run_, request), DataError);
+  fs::remove(run_ / "model.safetensors");
+  EXPECT_THROW((void)inspect_parts(run_, request), DataError);
+}
+
 TEST_F(Inspect, AbsentOrForeignFilesAreDataErrors) {
   EXPECT_THROW((void)inspect_table(run_ / "nowhere", 1), DataError);
   EXPECT_THROW((void)inspect_table(run_, 1), DataError);
@@ -99,6 +165,7 @@ TEST_F(Inspect, AbsentOrForeignFilesAreDataErrors) {
   foreign.write("x", at::zeros({2}));
   foreign.commit();
   EXPECT_THROW((void)inspect_table(run_, 1), DataError);
+  EXPECT_THROW((void)inspect_parts(run_, {}), DataError);
 }
 
 }  // namespace

@@ -102,6 +102,7 @@ def main():
             assert cost["predicted_s"] > 0 and cost["measured_s"] > 0 and cost["measured_peak_bytes"] > 0, (stage, cost)
         assert not list((space / "run/model").glob("tokenizer*")), "a tokenizer that nobody gave"
         table = call(isobath, "inspect", space / "run/measure", "--top", 3).stdout
+        call(isobath, "inspect", space / "run/measure", "--by", "block")
         assert f"{7 * BLOCKS} modules of {BLOCKS} blocks" in table, table
 
         # A machine that is too small is refused before anything starts, as a configuration.

@@ -52,6 +52,8 @@ struct Arguments {
   std::string other_statistics;          ///< compare: the second
   int64_t top = 20;                      ///< inspect, compare, diagnose: rows of the table
   bool as_json = false;                  ///< inspect, compare
+  std::string granularity = "module";    ///< inspect: weight | channel | module | block
+  std::string model;                     ///< inspect: of single weights, the model that was measured
   int n_ranks = 0;                       ///< check; 0: as many as run now. plan; 0: all of the cluster
   bool shows_keys = false;               ///< check: prints the reference of all keys and ends
   bool shows_schema = false;             ///< check: prints the JSON schema and ends
