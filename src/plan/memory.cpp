@@ -79,6 +79,9 @@ struct Pass {
     const Range blocks = job.layout.blocks[static_cast<size_t>(stage)];
     return static_cast<double>(std::max<int64_t>(0, blocks.end - std::max(blocks.begin, first_block)));
   }
+  [[nodiscard]] bool scores(const Job& job) const {
+    return first_block == 0 && !job.config.sensitivity.gram_bits.empty();
+  }
   [[nodiscard]] double n_samples(const Job& job) const {
     return loss == "fisher" ? static_cast<double>(job.config.sensitivity.samples) : 1;
   }
@@ -143,6 +146,20 @@ BlockInputs block_inputs_of(const Job& job, int stage, const Pass& pass) {
   return inputs;
 }
 
+/// What scoring widths keeps of so many blocks, in the first pass alone: weights of the checkpoints that are
+/// scored in their dtype, or grids; and a tile of rows in work.
+RankMemory::Item scored_widths(const Job& job, double n_blocks) {
+  const config::Sensitivity& sensitivity = job.config.sensitivity;
+  const auto n_widths = static_cast<double>(sensitivity.gram_bits.size());
+  const auto stored = static_cast<double>(c10::elementSize(job.model.dtype));
+  // Scale in the model's dtype and zero point of a group.
+  const int64_t group = job.config.quantization.group;
+  const double grid_bytes = (stored + 1) / static_cast<double>(group > 0 ? group : job.model.d_model);
+  const double a_weight = sensitivity.gram_checkpoints.empty() ? grid_bytes : stored;
+  return {"scored widths", n_widths * n_blocks * job.shapes.block_linears * a_weight +
+                               score_bytes(job.shapes, static_cast<double>(job.layout.largest_microbatch))};
+}
+
 /// Every microbatch through one block before the next (pipeline/measure_steps.hpp): whatever the stage, what
 /// the one with the most blocks holds.
 RankMemory streamed_pass_memory(const Job& job, int stage, const Pass& pass) {
@@ -165,6 +182,7 @@ RankMemory streamed_pass_memory(const Job& job, int stage, const Pass& pass) {
                                        static_cast<double>(job.config.calibration.sequences) +
                                    8.0 / 7.0)});
   if (job.config.sensitivity.covariance) memory.items.push_back(covariance_of_measure(job, 1));
+  if (pass.scores(job)) memory.items.push_back(scored_widths(job, 1));
   return memory;
 }
 
@@ -200,6 +218,7 @@ RankMemory pass_memory(const Job& job, int stage, const Pass& pass) {
   // One arrives and two leave in each direction at most (Link).
   memory.items.push_back({"buffers", n_neighbours * 1.5 * (1 + samples) * state});
   if (job.config.sensitivity.covariance) memory.items.push_back(covariance_of_measure(job, n_blocks));
+  if (pass.scores(job)) memory.items.push_back(scored_widths(job, n_blocks));
   return memory;
 }
 

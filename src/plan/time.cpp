@@ -25,6 +25,9 @@ double step_s(const Job& job, int stage, int entry_stage, int64_t first_block) {
   const double n_recomputed = std::max(0.0, n_blocks - static_cast<double>(job.kept_blocks(stage)));
   Work work = (n_blocks + n_recomputed) * forward_block(job.shapes, n, job.length()) +
               n_blocks * backward_block(job.shapes, n, job.length(), sensitivity);
+  // D measured again is all that is asked for then.
+  if (first_block == 0 && !sensitivity.gram_bits.empty())
+    work += n_blocks * score_widths(job.shapes, n, job.length(), sensitivity);
   if (stage == entry_stage) work.traffic_bytes += 2 * n * job.shapes.d * job.shapes.element_bytes;
   if (stage + 1 == layout.stages) work += head_loss(job.shapes, n, sensitivity);
   return seconds_of(job, work);
@@ -101,6 +104,14 @@ StageTime measure_time(const Job& job, int64_t first_block) {
   StageTime time{.name = "measure", .compute_s = n * compute, .communication_s = n * (step - compute)};
   time.idle_s =
       (static_cast<double>(layout.segments) + n_passes - 1) * (layout.stages - entry_stage - 1) * step;
+  // Grids of the widths that are scored, of all blocks of a stage before the first microbatch.
+  double most_graded = 0;
+  if (first_block == 0)
+    for (const Range& blocks : layout.blocks)
+      most_graded = std::max(
+          most_graded, seconds_of(job, static_cast<double>(blocks.size()) *
+                                           score_grids(job.shapes, job.config, job.cluster.host.threads)));
+  time.compute_s += most_graded;
   if (job.is_streamed()) {
     // One stage works at a time. Each block is read forward and backward while the one before computes.
     time.idle_s = n * (sum - compute);

@@ -27,6 +27,29 @@ TEST(Memory, MeasureHoldsOneInputForEachBlockAndMicrobatchInFlight) {
   EXPECT_DOUBLE_EQ(item(first, "D").host_bytes, (2 + 8.0 / 7) * 4 * 7 * 20);
 }
 
+TEST(Memory, MeasureHoldsTheWeightsThatItScores) {
+  const model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  config.quantization.group = 8;
+  config.quantization.reestimate = {.policy = "every", .blocks = 2};
+  config.sensitivity.gram_bits = {2, 4};
+  const Cluster cluster = instant_cluster();
+  const auto scored = [&](const RankMemory& memory) {
+    for (const auto& found : memory.items)
+      if (found.name == "scored widths") return found.device_bytes;
+    return -1.0;
+  };
+  const Job rounded(config, model, cluster, 2, 1);
+  const double tile = score_bytes(rounded.shapes, 1);
+  // A scale of bf16 and a zero point a group, two widths, two blocks a stage.
+  EXPECT_EQ(scored(measure_memory(rounded, 0)), 2 * 2 * 576 * 3 / 8.0 + tile);
+  EXPECT_EQ(scored(reestimation_memory(rounded, 1)), -1);
+  config.sensitivity.gram_checkpoints = {"a", "b"};
+  EXPECT_EQ(scored(measure_memory(Job(config, model, cluster, 2, 1), 0)), 2 * 2 * 576 * 2 + tile);
+  config.residency = "streamed";
+  EXPECT_EQ(scored(measure_memory(Job(config, model, cluster, 2, 1), 0)), 2 * 576 * 2 + tile);
+}
+
 TEST(Memory, KeptActivationsAreThoseOfTheLastBlocks) {
   const model::ModelConfig model = tiny_model();
   config::RunConfig config = tiny_config();

@@ -72,6 +72,35 @@ TEST(Work, BackwardHasNoWeightGradients) {
             10 * (6 * 8 * (8 + 48) + 16 * (16 + 48)));
 }
 
+TEST(Work, ScoringWidthsByHand) {
+  const model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  config.sensitivity.gram_bits = {2, 4};
+  config.sensitivity.probes = 3;
+  const Shapes shapes = Shapes::of(model, true, true);
+
+  const Work work = score_widths(shapes, 10, 5, config.sensitivity);
+
+  EXPECT_EQ(work.gemm_flops, 2 * 10 * 576);
+  // Two widths, three signs: ΔWᵀr of two sequences, and of ten tokens what comes out of it (columns: 6 · 8 +
+  // 16).
+  EXPECT_EQ(work.f32_flops, 2 * 2 * 3 * (2 * 576 + 10 * 64));
+  // bf16. GᵀX 2 and 6 to f32, 12; a width 20; W to f32 6 and rounding 56.
+  EXPECT_EQ(work.traffic_bytes, 576 * (2 * (20 + 2 * 20) + 2 * 62));
+  config.sensitivity.samples = 3;
+  EXPECT_EQ(score_widths(shapes, 10, 5, config.sensitivity).traffic_bytes, 3 * work.traffic_bytes);
+
+  // Of checkpoints the change is read, not made, and no grid is fitted.
+  config.sensitivity.samples = 1;
+  EXPECT_EQ(score_grids(shapes, config, 2).candidates,
+            576 * (candidate_grids(2, true, true) + candidate_grids(4, true, true)) / 2);
+  config.sensitivity.gram_checkpoints = {"a", "b"};
+  EXPECT_EQ(score_widths(shapes, 10, 5, config.sensitivity).traffic_bytes, 576 * (2 * 60 + 2 * 24));
+  EXPECT_EQ(score_grids(shapes, config, 2).candidates, 0);
+  // A tile of 512 rows of the widest input: GᵀX of one sequence, and three more.
+  EXPECT_EQ(score_bytes(shapes, 1), 4 * 512 * 16 * 4);
+}
+
 TEST(Work, HeadsByHand) {
   const model::ModelConfig model = tiny_model();
   const Shapes shapes = Shapes::of(model, true, false);

@@ -77,6 +77,15 @@ struct Shapes {
 [[nodiscard]] Work backward_block(const Shapes& shapes, double n_tokens, double length,
                                   const config::Sensitivity& sensitivity);
 
+/// sensitivity::perturbation_scores of a block's linears, for `samples` gradients and every width of
+/// sensitivity.gram.bits: 2 n P for GᵀX, and passes over ΔW for each width and sequence.
+[[nodiscard]] Work score_widths(const Shapes& shapes, double n_tokens, double length,
+                                const config::Sensitivity& sensitivity);
+/// Grids of a block's linears that the widths are rounded on, fitted once a pass.
+[[nodiscard]] Work score_grids(const Shapes& shapes, const config::RunConfig& config, double threads);
+/// What lives while a tile of rows is scored.
+[[nodiscard]] double score_bytes(const Shapes& shapes, double n_sequences);
+
 /// model::loss_and_gradient of `n_tokens`: logits once, (p − y) W once a sample, and the passes over [n,
 /// vocab].
 [[nodiscard]] Work head_loss(const Shapes& shapes, double n_tokens, const config::Sensitivity& sensitivity);
