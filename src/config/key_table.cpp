@@ -158,9 +158,9 @@ void add_sensitivity_keys(Table& t) {
       [](const RunConfig& c) { return ordered_json(c.sensitivity.gram_bits).dump(); });
   t.add(
       "sensitivity.gram.checkpoints", "list of paths", "",
-      "Quantized versions of the model, one a width of sensitivity.gram.bits and in its order: scores what "
-      "the "
-      "solver made of each width instead of rounding to nearest, so that `isobath allocate` sees the errors "
+      "Quantized versions of the model, one a width of sensitivity.gram.bits and in its order: scores "
+      "what the solver made of each width instead of rounding to nearest, so that `isobath allocate` sees "
+      "the errors "
       "that will be made. Empty rounds. Keeps these weights of the rank's blocks in memory while measuring.",
       {{"type", "array"}, {"items", {{"type", "string"}, {"minLength", 1}}}},
       [](RunConfig& c, const YAML::Node& node) { c.sensitivity.gram_checkpoints = read_paths(node); },

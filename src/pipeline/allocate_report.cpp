@@ -85,8 +85,7 @@ std::string allocation_table(const AllocationReport& report) {
       "all have.\n"
       "Additive part: without the pairs of different sets. Held out: chosen on three quarters of the "
       "sequences, judged on the fourth,\nnothing shrunk; to uniform: of these. No selection within the "
-      "budget "
-      "is predicted below the bound.\n\n",
+      "budget is predicted below the bound.\n\n",
       problem.scores.with_linear ? "E[s]·x/T + " : "", problem.scores.n_sequences(),
       problem.scores.samples > 1 ? fmt::format(" and {} label draws", problem.scores.samples) : "",
       1 - coupling.shrinkage, coupling.decay, coupling.shrinkage * coupling.common, coupling.common_decay);

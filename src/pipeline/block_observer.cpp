@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <isobath/core/host_memory.hpp>
 #include <isobath/sensitivity/token_weights.hpp>
 
 namespace isobath::pipeline {
@@ -59,6 +60,8 @@ BlockObserver::BlockObserver(const Session& session, const CalibrationSet& calib
     modules_[static_cast<size_t>(p)].perturbations.emplace(
         session, name, (*options.perturbed)[projection].weight, std::move(versions), local_sequences_);
   }
+  // Grids that stay were cut from the holes that the fitting of the last linear left, too small for the next.
+  return_free_memory();
 }
 
 void BlockObserver::begin(const data::Microbatch& microbatch, int64_t sample) {
