@@ -75,7 +75,7 @@ struct Quantization {
   int64_t group = 64;  ///< 0: channel
   bool symmetric = true, clip_search = true;
   std::string act_order = "none";  ///< none | static
-  double damping = 0.01;
+  double damping = 0.1;
   Refinement refinement;
   Asymmetric asymmetric;
   Reestimate reestimate;
