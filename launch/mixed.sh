@@ -5,7 +5,8 @@
 #
 # BUDGET: stored bits a weight, scales included. One quantization for each width of sensitivity.gram.bits comes first, as
 # `isobath allocate` must see what the solver makes of each (docs/method.md, Mixed precision). All results lie in the run
-# directory of the configuration: statistics/, 3-bit/ …, scores/, bits.yaml, mixed/. Called again, it does what is left.
+# directory of the configuration: statistics/, 3-bit/ …, scores/, and for each budget bits-3.25.yaml and mixed-3.25/. Called
+# again, it does what is left: of another budget the last step.
 #
 # RANKS            of every step; 2
 # LAUNCHER         what starts ranks; "mpirun --quiet -n RANKS"
@@ -14,7 +15,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if (($# < 2)); then
-  sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 source "$here/launch/setup.sh"
@@ -52,5 +53,5 @@ done
 score_length=${SCORE_LENGTH:-256}
 scored=(--set "calibration.length=$((score_length < length ? score_length : length))")
 step measure "$output/scores" "${scored[@]}" --set "sensitivity.gram.checkpoints=[$checkpoints]"
-"$program" allocate "$config" "${settings[@]}" "${scored[@]}" --set "output=$output/scores" --budget "$budget" --output "$output/bits.yaml"
-step run "$output/mixed" "${reuse[@]}" --set "quantization.allocation=$output/bits.yaml"
+"$program" allocate "$config" "${settings[@]}" "${scored[@]}" --set "output=$output/scores" --budget "$budget" --output "$output/bits-$budget.yaml"
+step run "$output/mixed-$budget" "${reuse[@]}" --set "quantization.allocation=$output/bits-$budget.yaml"

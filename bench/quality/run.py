@@ -139,7 +139,7 @@ class Bench:
         each width, and its scores on shorter and more sequences than the calibration has."""
         scores, directory = self.matrix.scores, self.folder / run.score_name(self.matrix.scores)
         log, done = self.folder / "logs" / run.score_name(scores), directory / "seconds.json"
-        tokens = self.folder / run.model / f"scores-{run.seed}.safetensors"
+        tokens = self.folder / run.model / f"scores-{run.seed}-{scores['sequences']}x{scores['length']}.safetensors"
         sample_rows(Path(self.matrix.models[run.model]["calibration"]), tokens, scores["sequences"], scores["length"],
                     run.seed)
         # Beside the directory of the run, which isobath makes itself.

@@ -41,12 +41,7 @@ double total_of(const at::Tensor& tensor) {
 
 ModuleLine read_module(const io::Hdf5Reader& file, const std::string& group, int64_t block,
                        const fs::path& path) {
-  const at::Tensor alpha = file.read(group + "/alpha_per_token").to(at::kDouble);
-  const at::Tensor max_abs_x = file.read(group + "/max_abs_x");
-  if (alpha.dim() != 1 || alpha.numel() == 0 || max_abs_x.sizes() != alpha.sizes())
-    fail<DataError>(
-        "{}: {}: expected alpha_per_token and max_abs_x with one value a channel, found {} and {} values",
-        path.string(), group, alpha.numel(), max_abs_x.numel());
+  const auto [alpha, max_abs_x] = read_channels(file, group, path);
   ModuleLine line{};
   line.block = block;
   line.module = group;

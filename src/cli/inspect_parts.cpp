@@ -48,8 +48,8 @@ std::string for_each_linear(const fs::path& path, const Use& use) {
       if (!file.contains(group + "/alpha_per_token")) continue;
       const auto n_tokens =
           static_cast<double>(std::max<int64_t>(1, integer_of(file, group, "n_tokens", file_path)));
-      use(Linear{block, group, file.read(group + "/alpha_per_token").to(at::kDouble) / n_tokens,
-                 file.read(group + "/max_abs_x").to(at::kDouble)});
+      const auto [alpha, max_abs_x] = read_channels(file, group, file_path);
+      use(Linear{block, group, alpha / n_tokens, max_abs_x.to(at::kDouble)});
     }
   }
   return model;

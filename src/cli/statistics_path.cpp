@@ -44,4 +44,15 @@ int64_t integer_of(const io::Hdf5Reader& file, const std::string& object, const 
                   object);
 }
 
+ChannelValues read_channels(const io::Hdf5Reader& file, const std::string& group, const fs::path& path) {
+  ChannelValues values{file.read(group + "/alpha_per_token").to(at::kDouble),
+                       file.read(group + "/max_abs_x")};
+  if (values.alpha.dim() != 1 || values.alpha.numel() == 0 ||
+      values.max_abs_x.sizes() != values.alpha.sizes())
+    fail<DataError>(
+        "{}: {}: expected alpha_per_token and max_abs_x with one value a channel, found {} and {} values",
+        path.string(), group, values.alpha.numel(), values.max_abs_x.numel());
+  return values;
+}
+
 }  // namespace isobath::cli

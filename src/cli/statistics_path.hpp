@@ -1,4 +1,6 @@
 #pragma once
+#include <ATen/core/Tensor.h>
+
 #include <filesystem>
 #include <isobath/io/hdf5_file.hpp>
 #include <string>
@@ -16,5 +18,14 @@ namespace isobath::cli {
 /// Throws DataError for another type.
 [[nodiscard]] int64_t integer_of(const io::Hdf5Reader& file, const std::string& object,
                                  const std::string& name, const std::filesystem::path& path);
+
+/// What one linear's statistics say of its input channels.
+struct ChannelValues {
+  at::Tensor alpha;      ///< [d_in] f64, α of [AS 6], Σ over tokens
+  at::Tensor max_abs_x;  ///< [d_in]
+};
+/// Throws DataError for other shapes.
+[[nodiscard]] ChannelValues read_channels(const io::Hdf5Reader& file, const std::string& group,
+                                          const std::filesystem::path& path);
 
 }  // namespace isobath::cli

@@ -97,12 +97,16 @@ std::vector<int> read_widths(const YAML::Node& node) {
   return widths;
 }
 
+static std::vector<std::string> read_texts(const YAML::Node& node, const char* what,
+                                           std::string (*read)(const YAML::Node&)) {
+  if (!node.IsSequence()) config::mismatch("expected a list of {}, found {}", what, found_text(node));
+  std::vector<std::string> texts;
+  for (const auto& entry : node) texts.push_back(read(entry));
+  return texts;
+}
+
 std::vector<std::string> read_paths(const YAML::Node& node) {
-  if (!node.IsSequence())
-    mismatch("expected a list of paths such as [runs/three-bits/model], found {}", found_text(node));
-  std::vector<std::string> paths;
-  for (const auto& entry : node) paths.push_back(read_text(entry));
-  return paths;
+  return read_texts(node, "paths such as [runs/three-bits/model]", read_text);
 }
 
 int64_t read_group(const YAML::Node& node) {
@@ -119,11 +123,7 @@ int64_t read_group(const YAML::Node& node) {
 }
 
 std::vector<std::string> read_patterns(const YAML::Node& node) {
-  if (!node.IsSequence())
-    mismatch("expected a list of module names such as [lm_head], found {}", found_text(node));
-  std::vector<std::string> patterns;
-  for (const auto& entry : node) patterns.push_back(read_pattern(entry));
-  return patterns;
+  return read_texts(node, "module names such as [lm_head]", read_pattern);
 }
 
 std::vector<Override> read_overrides(const YAML::Node& node) {

@@ -16,7 +16,8 @@ class MeasureSteps {
 
   [[nodiscard]] const model::LossSpec& loss() const { return loss_; }
   /// Options of the observer of a block that collects what `collected` says: with the number of gradients,
-  /// the row groups, and the weights to perturb if the pass scores widths.
+  /// the row groups, and if the pass scores widths the weights to perturb, with their versions, which are
+  /// read now.
   [[nodiscard]] BlockObserver::Options options_of(BlockObserver::Options collected, int64_t block,
                                                   const model::BlockWeights& weights) const;
   /// Hidden states at the entrance of the first block. embedding: needed without a source.

@@ -68,19 +68,19 @@ class Matrix(unittest.TestCase):
         names = {run.score_name(found.scores) for run in found.runs if run.model == "small" and run.seed == 0 and run.budget > 0}
         self.assertEqual(len(names), 1)
 
-    def test_a_budget_needs_scores(self):
+    def refused(self, configuration, mention):
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-            file.write("settings: {full: {seeds: 1}}\nmodels: {a: {}}\ngrids: {g: {}}\nconfigurations: {x: {budget: 3}}\n")
+            file.write("settings: {full: {seeds: 1}}\nmodels: {a: {}}\ngrids: {g: {}}\n"
+                       f"configurations: {{x: {configuration}}}\n")
             file.flush()
-            with self.assertRaisesRegex(SystemExit, "scores"):
+            with self.assertRaisesRegex(SystemExit, mention):
                 matrix.read(file.name, "full")
 
+    def test_a_budget_needs_scores(self):
+        self.refused("{budget: 3}", "no `scores`")
+
     def test_unknown_key_is_refused(self):
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-            file.write("settings: {full: {seeds: 1}}\nmodels: {a: {}}\ngrids: {g: {}}\nconfigurations: {x: {sett: {}}}\n")
-            file.flush()
-            with self.assertRaisesRegex(SystemExit, "sett"):
-                matrix.read(file.name, "full")
+        self.refused("{sett: {}}", "unknown sett")
 
 
 if __name__ == "__main__":

@@ -149,9 +149,14 @@ def by_script(space):
     for _ in range(2):
         job = call_script(str(config), str(BUDGET))
         assert job.returncode == 0, job.stdout + job.stderr
-        times.append((output / "mixed/model/config.json").stat().st_mtime_ns)
-        assert {record["bits"] for record in json.loads((output / "mixed/modules.json").read_text())} == {2, 4}
+        made = output / f"mixed-{BUDGET}"
+        times.append((made / "model/config.json").stat().st_mtime_ns)
+        assert {record["bits"] for record in json.loads((made / "modules.json").read_text())} == {2, 4}
     assert times[0] == times[1]
+    # Another budget takes the scores as they are.
+    job = call_script(str(config), "3.0")
+    assert job.returncode == 0 and (output / "mixed-3.0/model/config.json").exists(), job.stdout + job.stderr
+    assert (made / "model/config.json").stat().st_mtime_ns == times[0]
     assert call_script(str(config)).returncode == 2
     job = call_script(str(config), str(BUDGET), "--set", "sensitivity.gram.bits=[3]")
     assert job.returncode == 2 and "two widths" in job.stderr, job.stderr
