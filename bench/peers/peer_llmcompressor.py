@@ -23,9 +23,15 @@ def make_recipe(options):
     return [AWQModifier(), QuantizationModifier(**grid)]
 
 
+def own_options(parser):
+    parser.add_argument("--method", choices=METHODS, default="gptq")
+    parser.add_argument("--batch", type=int, default=1, help="sequences a forward pass; 1 is llm-compressor's default")
+
+
 def main():
-    options = peer.arguments(__doc__, lambda parser: parser.add_argument("--method", choices=METHODS, default="gptq"))
+    options = peer.arguments(__doc__, own_options)
     import torch
+    from compressed_tensors.offload import remove_dispatch
     from datasets import Dataset
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,9 +41,16 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     ids = peer.read_tokens(options)
     dataset = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
+    if options.device == "cpu":
+        # AWQ pins its cache; torch 2.11 and others with CUDA raise at that where no driver is.
+        from llmcompressor.pipelines.cache import IntermediatesCache
+        IntermediatesCache.pin_memory = lambda *_, **__: None
     with peer.Clock() as clock:
         oneshot(model=model, dataset=dataset, processor=tokenizer, max_seq_length=len(ids[0]),
-                num_calibration_samples=len(ids), recipe=make_recipe(options))
+                num_calibration_samples=len(ids), recipe=make_recipe(options), batch_size=options.batch,
+                sequential_offload_device=options.device)
+    # It takes the GPU by itself, and its hooks stay: through them .to() would change copies on the GPU alone.
+    remove_dispatch(model)
     # Codes are taken from the dequantized weights and the scales when the checkpoint is written, so rounding both to
     # bf16 first keeps the codes (relative error 2^-8, codes below 16) and stores scales as the bf16 run does.
     model.to(torch.bfloat16)

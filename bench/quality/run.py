@@ -6,7 +6,8 @@
 
 Every (model, grid, seed) is a group: its checkpoints are made one after the other, isobath's sharing what was
 measured, peers by their own scripts; one pass of `isobath evaluate` judges those that have no result yet, and the
-checkpoints are deleted. A result is kept in results.json of the output and not made again unless its keys change,
+checkpoints are deleted. With --jobs many runs are made at once and each is judged alone: for a GPU that one small
+model leaves idle. A result is kept in results.json of the output and not made again unless its keys change,
 so a matrix may be run piecewise and stopped at any moment. MATRIX.md and MATRIX.json there are written anew after
 each group.
 
@@ -20,7 +21,10 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +53,9 @@ def parse_arguments():
     parser.add_argument("--isobath", type=Path, default=ROOT / "build/cpu/bin/isobath")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of a rank; peers get ranks x threads")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32", help="in which peers compute")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32", help="in which all compute")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="on which all compute")
+    parser.add_argument("--jobs", type=int, default=1, help="runs made at once; what they print is in the order they end")
     parser.add_argument("--keep", action="store_true", help="keeps the checkpoints")
     return parser.parse_args()
 
@@ -67,7 +73,7 @@ def sample_rows(source, output, n_rows, length, seed):
                          f"{file['tokens'].shape[1]}")
     chosen = np.sort(np.random.default_rng(seed).choice(full, n_rows, replace=False))
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_suffix(".tmp")
+    temporary = output.with_suffix(f".{threading.get_ident()}.tmp")
     save_file({"tokens": np.ascontiguousarray(file["tokens"][chosen, :length]),
                "lengths": np.full(n_rows, length, np.int32)}, temporary, metadata=attributes)
     temporary.rename(output)
@@ -80,6 +86,8 @@ class Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.store = self.folder / "results.json"
         self.state = json.loads(self.store.read_text()) if self.store.exists() else {"results": {}, "originals": {}}
+        self.changing = threading.Lock()  # the state and the files written from it
+        self.making = defaultdict(threading.Lock)  # a directory that several runs share
 
     def save(self):
         temporary = self.store.with_suffix(".tmp")
@@ -105,7 +113,8 @@ class Bench:
         """Runs isobath with a configuration file of `keys` beside the log."""
         setting, model = self.matrix.setting_of(run.model), self.matrix.models[run.model]
         complete = {
-            "model": model["model"], "ranks.threads": self.options.threads,
+            "model": model["model"], "ranks.threads": self.options.threads, "ranks.device": self.options.device,
+            "compute_dtype": self.options.dtype,
             "calibration.tokens": str(self.calibration(run)), "calibration.sequences": setting["sequences"],
             "calibration.length": setting["length"], "evaluation.window": setting["window"],
             "evaluation.windows": setting["windows"], "sensitivity.per_sequence": "off", **keys}
@@ -128,10 +137,11 @@ class Bench:
         directory = self.folder / run.measure_name()
         log = self.folder / "logs" / f"{run.measure_name()}.log"
         done = directory / "seconds.json"
-        if not done.exists():
-            shutil.rmtree(directory, ignore_errors=True)
-            seconds = self.isobath("measure", run, {**run.measured_keys(), "output": str(directory)}, log)
-            done.write_text(json.dumps(seconds), encoding="utf-8")
+        with self.making[directory]:
+            if not done.exists():
+                shutil.rmtree(directory, ignore_errors=True)
+                seconds = self.isobath("measure", run, {**run.measured_keys(), "output": str(directory)}, log)
+                done.write_text(json.dumps(seconds), encoding="utf-8")
         return directory, json.loads(done.read_text())
 
     def score(self, run, measured):
@@ -149,17 +159,18 @@ class Bench:
                 "calibration.sequences": scores["sequences"], "calibration.length": scores["length"],
                 "sensitivity.samples": scores["samples"], "sensitivity.gram.bits": scores["bits"],
                 "sensitivity.gram.checkpoints": [str(path / "model") for path in of_width.values()]}
-        if not done.exists():
-            shutil.rmtree(directory, ignore_errors=True)
-            shutil.rmtree(widths, ignore_errors=True)
-            seconds = 0.0
-            for bits, path in of_width.items():
-                seconds += self.isobath("run", run, {
-                    **run.keys, **scores.get("set", {}), "quantization.bits": bits, "output": str(path),
-                    "sensitivity.reuse": str(measured / "measure")}, log / f"{bits}-bit.log")
-            seconds += self.isobath("measure", run, keys, log / "measure.log")
-            shutil.rmtree(widths)
-            done.write_text(json.dumps(seconds), encoding="utf-8")
+        with self.making[directory]:
+            if not done.exists():
+                shutil.rmtree(directory, ignore_errors=True)
+                shutil.rmtree(widths, ignore_errors=True)
+                seconds = 0.0
+                for bits, path in of_width.items():
+                    seconds += self.isobath("run", run, {
+                        **run.keys, **scores.get("set", {}), "quantization.bits": bits, "output": str(path),
+                        "sensitivity.reuse": str(measured / "measure")}, log / f"{bits}-bit.log")
+                seconds += self.isobath("measure", run, keys, log / "measure.log")
+                shutil.rmtree(widths)
+                done.write_text(json.dumps(seconds), encoding="utf-8")
         return keys, json.loads(done.read_text())
 
     def make(self, run, directory):
@@ -193,7 +204,7 @@ class Bench:
         symmetric = run.keys.get("quantization.symmetric", True)
         self.call([python, ROOT / "bench/peers" / run.peer, self.matrix.models[run.model]["model"], self.calibration(run),
                    directory / "model", "--bits", bits, "--group", group, *([] if symmetric else ["--asymmetric"]),
-                   "--dtype", self.options.dtype, "--threads", self.options.ranks * self.options.threads, *run.options], log)
+                   "--dtype", self.options.dtype, "--device", self.options.device, "--threads", self.options.ranks * self.options.threads, *run.options], log)
         lines = [line for line in log.read_text(encoding="utf-8").split("\n") if line.startswith("{")]
         report = json.loads(lines[-1])
         return {"seconds": report["total_s"], "peer": report,
@@ -202,16 +213,22 @@ class Bench:
     def judge(self, made):
         """Evaluates checkpoints of one model in one pass and stores the results."""
         run = made[0][0]
+        name = run.group if self.options.jobs == 1 else run.name
         tokens = self.folder / run.model / "evaluation.safetensors"
         setting = self.matrix.setting_of(run.model)
         sample_rows(Path(self.matrix.models[run.model]["evaluation"]), tokens, setting["windows"], setting["window"],
                     EVALUATION_SEED)
-        output, log = self.folder / "evaluation.json", self.folder / "logs" / f"{run.group}-evaluate.log"
+        log = self.folder / "logs" / f"{name}-evaluate.log"
+        output = log.with_suffix(".json")
         checkpoints = [part for _, directory, _ in made for part in ("--checkpoint", directory / "model")]
         self.isobath("evaluate", run, {"output": str(self.folder / "unused"), "evaluation.tokens": str(tokens)}, log,
                      *checkpoints, "--json", output)
         found = json.loads(output.read_text())  # of one checkpoint no list
-        for (one, directory, known), metrics in zip(made, found if isinstance(found, list) else [found]):
+        with self.changing:
+            self.record(made, found if isinstance(found, list) else [found])
+
+    def record(self, made, found):
+        for (one, directory, known), metrics in zip(made, found):
             self.state["originals"][one.model] = metrics["perplexity_original"]
             self.state["results"][one.name] = {
                 **known, **{key: metrics[key] for key in ("perplexity", "kl_mean", "kl_median", "kl_p99", "top1_agreement")},
@@ -251,6 +268,21 @@ class Bench:
             self.judge(made)
         return n_failed
 
+    def run_alone(self, run):
+        try:
+            return self.run_group([run])
+        except Failed as problem:  # of its evaluation
+            print(f"{run.name} failed: {problem}", file=sys.stderr, flush=True)
+            return 1
+
+    def run_all(self, runs):
+        """Returns the number of runs that failed."""
+        if self.options.jobs > 1:
+            with ThreadPoolExecutor(self.options.jobs) as pool:
+                return sum(pool.map(self.run_alone, runs))
+        return sum(self.run_group([run for run in runs if run.group == group])
+                   for group in dict.fromkeys(run.group for run in runs))
+
 
 def nested(flat):
     """{'a.b': 1} as {'a': {'b': 1}}."""
@@ -277,9 +309,7 @@ def main():
         raise SystemExit(f"{options.matrix}: no run matches {options.only!r}")
     todo = [run for run in wanted if not bench.is_done(run)]
     print(f"{len(wanted)} runs, {len(wanted) - len(todo)} done before", flush=True)
-    n_failed = 0
-    for group in dict.fromkeys(run.group for run in todo):
-        n_failed += bench.run_group([run for run in todo if run.group == group])
+    n_failed = bench.run_all(todo)
     bench.write_table()
     print((bench.folder / options.matrix.stem).with_suffix(".md"))
     left = sum(not bench.is_done(run) for run in wanted)

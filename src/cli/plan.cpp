@@ -94,10 +94,12 @@ std::string plan_json(const config::RunConfig& config, const plan::Plan& plan) {
     entry["configured"] = policy.is_configured;
     json["quantize"].push_back(std::move(entry));
   }
+  if (plan.tune) json["tune"] = to_json(*plan.tune);
   if (plan.evaluate) json["evaluate"] = to_json(*plan.evaluate);
   json["memory"] = {{"measure", to_json(plan.measure_memory)},
                     {"quantize", to_json(plan.quantize_memory)},
                     {"reestimation", to_json(plan.reestimation_memory)},
+                    {"tune", to_json(plan.tune_memory)},
                     {"evaluate", to_json(plan.evaluate_memory)}};
   json["disk"] = {{"checkpoint_bytes", plan.disk.checkpoint_bytes},
                   {"statistics_bytes", plan.disk.statistics_bytes},

@@ -110,6 +110,7 @@ std::string time_table(const plan::Plan& plan) {
         times,
         fmt::format("quantize, re-estimation {}{}", policy.name, policy.is_configured ? " (configured)" : ""),
         policy.time);
+  if (plan.tune) add_time(times, "tune", *plan.tune);
   if (plan.evaluate) add_time(times, "evaluate", *plan.evaluate);
   times.add({"the run as configured", "", "", "", "", duration(plan.total_s())});
   return times.text();
@@ -202,6 +203,7 @@ std::string plan_text(const config::RunConfig& config, const plan::Plan& plan, c
   text += memory_table("measure", plan, plan.measure_memory);
   text += memory_table("quantize", plan, plan.quantize_memory);
   text += memory_table("re-estimation", plan, plan.reestimation_memory);
+  text += memory_table("tune", plan, plan.tune_memory);
   text += memory_table("evaluate", plan, plan.evaluate_memory);
   if (!plan.quantize_memory.empty() && plan.quantize_memory.front().root_bytes > 0)
     text += fmt::format(

@@ -215,6 +215,23 @@ void add_quantization_keys(Table& t) {
   t.real(
       "quantization.asymmetric.ridge", [](auto& c) -> auto& { return c.quantization.asymmetric.ridge; }, 0,
       false, 1000, "Share of the mean diagonal added to the covariance in correction qep.");
+  t.real(
+      "quantization.asymmetric.residual", [](auto& c) -> auto& { return c.quantization.asymmetric.residual; },
+      0, true, 1,
+      "In correction qep, share of what the residual stream lacks that o_proj and down_proj make up for "
+      "too.");
+  t.integer(
+      "quantization.tuning.epochs", [](auto& c) -> auto& { return c.quantization.tuning.epochs; }, 0,
+      "passes",
+      "Passes over the calibration tokens, forward and backward, that tune the scales of the quantized model "
+      "by "
+      "its divergence from the original.");
+  t.integer(
+      "quantization.tuning.steps", [](auto& c) -> auto& { return c.quantization.tuning.steps; }, 1, "steps",
+      "Steps of such a pass, each on the logical shards of its turn; at most as many as there are.");
+  t.real(
+      "quantization.tuning.rate", [](auto& c) -> auto& { return c.quantization.tuning.rate; }, 0, false, 1,
+      "Relative change of a scale in the first step; it falls linearly to 0.");
   t.word(
       "quantization.reestimate.policy", [](auto& c) -> auto& { return c.quantization.reestimate.policy; },
       {"never", "every", "drift"},

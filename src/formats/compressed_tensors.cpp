@@ -34,7 +34,8 @@ static at::Tensor read_shaped(const io::ShardedReader& tensors, const std::strin
   return tensors.read(name);
 }
 
-at::Tensor SchemeTable::decode(const io::ShardedReader& tensors, const std::string& module) const {
+std::optional<quant::QuantizedMatrix> SchemeTable::read(const io::ShardedReader& tensors,
+                                                        const std::string& module) const {
   const std::string packed = module + ".weight_packed";
   if (!tensors.contains(packed)) return {};
   const Scheme* scheme = find(module);
@@ -69,7 +70,12 @@ at::Tensor SchemeTable::decode(const io::ShardedReader& tensors, const std::stri
                                   : unpack_columns(read_shaped(tensors, module + ".weight_zero_point",
                                                                at::kInt, {(n_rows * bits + 31) / 32, groups}),
                                                    bits, n_rows);
-  return quant::dequantize(matrix);
+  return matrix;
+}
+
+at::Tensor SchemeTable::decode(const io::ShardedReader& tensors, const std::string& module) const {
+  const std::optional<quant::QuantizedMatrix> matrix = read(tensors, module);
+  return matrix ? quant::dequantize(*matrix) : at::Tensor();
 }
 
 }  // namespace isobath::formats::compressed_tensors

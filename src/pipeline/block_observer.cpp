@@ -39,6 +39,10 @@ BlockObserver::BlockObserver(const Session& session, const CalibrationSet& calib
     for (Module& module : modules_) module.profiles.emplace_back(of_leaves, replica);
     return;
   }
+  if (options.tuners != nullptr) {
+    scale_gradients_.emplace(session, calibration, options.tuners->at(block), options.tuned_shards);
+    return;
+  }
   const config::Sensitivity& sensitivity = session.config.sensitivity;
   for (Module& module : modules_) {
     module.token_weights =
@@ -80,6 +84,7 @@ void BlockObserver::open_shard(Module& module, int64_t n_channels) {
 }
 
 void BlockObserver::observe(model::Projection projection, const at::Tensor& x, const at::Tensor& gradient) {
+  if (scale_gradients_) return scale_gradients_->observe(projection, x, gradient);
   Module& module = modules_[static_cast<size_t>(projection)];
   if (profiled_ != nullptr) {
     const at::Tensor profile =
@@ -115,7 +120,8 @@ void BlockObserver::finish_microbatch(bool is_last_of_shard) {
       module.profiles[0].add(leaf - profiled_->begin(), std::exchange(module.profile, {}));
     return;
   }
-  if (only_token_weights_) return;
+  if (scale_gradients_ && is_last_of_shard) scale_gradients_->close(microbatch_.shard);
+  if (only_token_weights_ || scale_gradients_) return;
   for (Module& module : modules_) {
     for (size_t k = 0; k < module.shard_covariances.size(); ++k) {
       const at::Tensor weights = module.token_weights
@@ -171,9 +177,14 @@ at::Tensor BlockObserver::reduce_profile(model::Projection projection) {
   return modules_[static_cast<size_t>(projection)].profiles[0].reduce_to(root(), session_.grid->replicas());
 }
 
+at::Tensor BlockObserver::reduce_scale_gradient(model::Projection projection) {
+  ISOBATH_CHECK(scale_gradients_, "block {} observed no gradients of scales", block_);
+  return scale_gradients_->reduce(projection);
+}
+
 BlockStatistics BlockObserver::reduce() {
-  ISOBATH_CHECK(!only_token_weights_ && profiled_ == nullptr,
-                "block {} observed nothing but token weights or row profiles", block_);
+  ISOBATH_CHECK(!only_token_weights_ && profiled_ == nullptr && !scale_gradients_,
+                "block {} observed nothing but token weights, row profiles or gradients of scales", block_);
   const comm::Communicator& replicas = session_.grid->replicas();
   const bool is_root = replicas.rank() == root();
   const config::Sensitivity& sensitivity = session_.config.sensitivity;

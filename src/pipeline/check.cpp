@@ -90,6 +90,12 @@ void require_quantizable(const config::RunConfig& config, const model::ModelConf
                                 unit > 1 ? "heads" : "output channels", model::name_of(projection));
     }
   }
+  if (config.residency == "streamed" && config.quantization.tuning.epochs > 0)
+    problems +=
+        "\n  quantization.tuning passes through the whole model in every step, which residency: streamed "
+        "would read "
+        "from disk each time; give the run more ranks and residency: resident, or set "
+        "quantization.tuning.epochs=0";
   if (!problems.empty())
     fail<ConfigError>("the configuration does not fit the model {}:{}", config.model, problems);
 }

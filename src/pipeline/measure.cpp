@@ -288,20 +288,20 @@ MeasureResult measure(const Session& session, const CalibrationSet& calibration,
   return result;
 }
 
-void visit_probe(const Session& session, const CalibrationSet& calibration, const model::WeightStore& weights,
-                 const MeasurePass& pass, const std::vector<data::Microbatch>& probe,
-                 const BlockObserver::Options& collected, const TakeObserver& take) {
+at::Tensor visit_probe(const Session& session, const CalibrationSet& calibration,
+                       const model::WeightStore& weights, const MeasurePass& pass,
+                       const std::vector<data::Microbatch>& probe, const BlockObserver::Options& collected,
+                       const TakeObserver& take) {
   comm::Watchdog::set_activity(pass.title);
   const Range local =
       calibration.shards.sequences_of(session.grid->replica(), session.grid->shape().replicas);
   std::vector<data::Microbatch> mine;
   for (const data::Microbatch& microbatch : probe)
     if (local.contains(microbatch.sequences.begin)) mine.push_back(microbatch);
-  at::Tensor losses =
-      at::zeros({std::ssize(calibration.shards.microbatches()), 3}, at::kDouble);  // of no interest here
+  at::Tensor losses = at::zeros({std::ssize(calibration.shards.microbatches()), 3}, at::kDouble);
   if (weights.is_streamed()) {
     sweep_back(session, calibration, weights, pass, mine, collected, losses, take);
-    return;
+    return losses;
   }
   Stage stage(session, calibration, weights, pass, collected);
   {
@@ -312,6 +312,7 @@ void visit_probe(const Session& session, const CalibrationSet& calibration, cons
   }
   for (size_t i = 0; i < stage.observers().size(); ++i)
     take(stage.blocks().begin + static_cast<int64_t>(i), stage.observers()[i]);
+  return losses;
 }
 
 std::map<int64_t, std::array<at::Tensor, model::kProjections>> measure_token_weights(

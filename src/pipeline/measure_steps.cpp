@@ -30,7 +30,7 @@ BlockObserver::Options MeasureSteps::options_of(BlockObserver::Options collected
       collected.perturbed_versions.push_back(
           version->read_block(block, session_.model().dtype, session_.device));
   }
-  if (collected.profiled == nullptr)
+  if (collected.profiled == nullptr && collected.tuners == nullptr)
     collected.row_groups =
         clusters_rows(session_.config.sensitivity) ? pass_.row_groups.at(block) : row_groups_of(session_);
   return collected;

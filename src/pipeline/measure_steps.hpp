@@ -65,9 +65,11 @@ void sweep_back(const Session& session, const CalibrationSet& calibration, const
 /// The pass over the microbatches of `probe` alone (whole ones of the calibration set, ascending, on every
 /// rank the same), resident or streamed, collecting what `collected` says; `take` gets the observers of this
 /// stage's blocks, on all its replicas in the same order. Collective over the session's world.
-void visit_probe(const Session& session, const CalibrationSet& calibration, const model::WeightStore& weights,
-                 const MeasurePass& pass, const std::vector<data::Microbatch>& probe,
-                 const BlockObserver::Options& collected, const TakeObserver& take);
+/// Returns losses [microbatches of all, 3] f64 as above, zero where this rank computed none.
+at::Tensor visit_probe(const Session& session, const CalibrationSet& calibration,
+                       const model::WeightStore& weights, const MeasurePass& pass,
+                       const std::vector<data::Microbatch>& probe, const BlockObserver::Options& collected,
+                       const TakeObserver& take);
 
 /// The same for all microbatches of the replica; writes the statistics of each block as soon as it is done.
 void measure_streamed(const Session& session, const CalibrationSet& calibration,

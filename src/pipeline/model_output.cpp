@@ -23,8 +23,8 @@ bool travels_along(const fs::directory_entry& entry) {
 
 }  // namespace
 
-ModelOutput::ModelOutput(const Session& session, fs::path run_directory)
-    : session_(session), partial_(run_directory / "model.partial"), final_(run_directory / "model") {}
+ModelOutput::ModelOutput(const Session& session, const fs::path& run_directory, const std::string& name)
+    : session_(session), partial_(run_directory / (name + ".partial")), final_(run_directory / name) {}
 
 std::string ModelOutput::shard_name(int64_t index) const {
   return io::shard_file_name(index, session_.model().n_blocks + 1);

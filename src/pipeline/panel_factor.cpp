@@ -25,7 +25,7 @@ static std::vector<at::Tensor> sum_in_passes(const PanelLayout& layout, const st
     for (size_t p = first; p < end; ++p) trees.emplace_back(shard_owners, comm.rank());
     {
       const trace::Span span("covariance");
-      for_each_rows([&](const at::Tensor& x, const at::Tensor& original,
+      for_each_rows([&](const at::Tensor& x, const Original& original,
                         const at::Tensor& weights) { add(sums, x, original, weights); },
                     [&](int64_t shard) {
                       std::vector<at::Tensor> total = sums.take();
@@ -48,7 +48,7 @@ std::vector<at::Tensor> sum_panels(const PanelLayout& layout, const std::vector<
   return sum_in_passes(
       layout, shard_owners, comm,
       [&](std::vector<Range> columns) { return sensitivity::CovariancePanels(std::move(columns), device); },
-      [](sensitivity::CovariancePanels& sums, const at::Tensor& x, const at::Tensor&,
+      [](sensitivity::CovariancePanels& sums, const at::Tensor& x, const Original&,
          const at::Tensor& weights) { sums.add(x, weights); },
       for_each_rows);
 }
@@ -60,10 +60,10 @@ std::vector<at::Tensor> sum_cross_panels(const PanelLayout& layout, const std::v
   return sum_in_passes(
       layout, shard_owners, comm,
       [&](std::vector<Range> columns) {
-        return sensitivity::CrossCovariance(n_channels, std::move(columns), device);
+        return sensitivity::CrossCovariance(n_channels, std::move(columns), device, layout.n_residual);
       },
-      [](sensitivity::CrossCovariance& sums, const at::Tensor& x, const at::Tensor& original,
-         const at::Tensor& weights) { sums.add(x, original, weights); },
+      [](sensitivity::CrossCovariance& sums, const at::Tensor& x, const Original& original,
+         const at::Tensor& weights) { sums.add(x, original.input, weights, original.residual); },
       for_each_rows);
 }
 
@@ -135,8 +135,8 @@ at::Tensor share_panel(const quant::Factor& factor, const PanelLayout& layout, s
 at::Tensor share_cross_panel(const at::Tensor& own, const PanelLayout& layout, size_t panel,
                              const comm::DeviceCommunicator& devices) {
   const trace::Span span("C to all ranks");
-  return share_from(layout.owner(panel), own, layout.columns.back().end, layout.columns[panel].size(),
-                    devices);
+  return share_from(layout.owner(panel), own, layout.columns.back().end + layout.n_residual,
+                    layout.columns[panel].size(), devices);
 }
 
 at::Tensor share_slab(const quant::Factor& factor, const PanelLayout& layout, Range columns,

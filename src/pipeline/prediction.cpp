@@ -17,6 +17,7 @@ const plan::StageTime* time_of(const plan::Plan& plan, const std::string& stage)
   if (stage == "load") return &plan.load;
   if (stage == "measure") return plan.measure ? &*plan.measure : nullptr;
   if (stage == "quantize") return &plan.configured_quantize();
+  if (stage == "tune") return plan.tune ? &*plan.tune : nullptr;
   return plan.evaluate ? &*plan.evaluate : nullptr;
 }
 
@@ -32,6 +33,7 @@ double most_of(const plan::Plan& plan, const std::string& stage,
     consider(plan.quantize_memory);
     consider(plan.reestimation_memory);
   }
+  if (stage == "tune") consider(plan.tune_memory);
   if (stage == "evaluate") consider(plan.evaluate_memory);
   return most;
 }

@@ -63,7 +63,7 @@ class QuantizePass {
         run_(run),
         events_(events),
         generations_(run.path() / "checkpoint", session.config.checkpoint.keep, fingerprint, session.world()),
-        output_(session, run.path()),
+        output_(session, run.path(), quantized_name(session.config)),
         solver_(session, calibration),
         n_travelled_(blocks_to_travel(session)),
         streams_(session, calibration, session.config.quantization.is_asymmetric()),
@@ -376,6 +376,10 @@ class QuantizePass {
 };
 
 }  // namespace
+
+const char* quantized_name(const config::RunConfig& config) {
+  return config.quantization.tuning.epochs > 0 ? "model.untuned" : "model";
+}
 
 QuantizeResult quantize(const Session& session, const CalibrationSet& calibration,
                         const model::WeightStore& weights, const fs::path& statistics,

@@ -40,14 +40,16 @@ void copy_rows(quant::QuantizedMatrix to, const quant::QuantizedMatrix& from) {
 /// This rank's tiles of the rows of one module that a unit serves.
 class SetRows::RowTiles {
  public:
-  /// rows: of `weight`, one by one, or undefined: all of them.
+  /// rows: of `weight`, one by one, or undefined: all of them, the first of which is `first_row` of the
+  /// module.
   RowTiles(const Session& session, const SolverUnit& unit, const at::Tensor& weight, const at::Tensor& rows,
-           quant::QuantizedMatrix matrix)
+           int64_t first_row, quant::QuantizedMatrix matrix)
       : session_(session),
         unit_(unit),
         matrix_(std::move(matrix)),
         weight_(weight),
         rows_(rows),
+        first_row_(first_row),
         n_rows_(rows.defined() ? rows.size(0) : weight.size(0)),
         height_(quant::tile_rows(n_rows_)),
         n_tiles_((n_rows_ + height_ - 1) / height_),
@@ -75,6 +77,12 @@ class SetRows::RowTiles {
     // On the CPU a strip is what one thread keeps in its cache.
     corrected_.emplace(weights_of(own_rows()).to(session_.device),
                        session_.device.is_cpu() ? quant::kRowTile : height_);
+    if (unit_.layout.n_residual == 0) return;
+    const Range own = own_rows();
+    corrected_->add_residual(rows_.defined()
+                                 ? rows_.slice(0, own.begin, own.end)
+                                 : at::arange(first_row_ + own.begin, first_row_ + own.end, at::kLong),
+                             session_.config.quantization.asymmetric.residual);
   }
   [[nodiscard]] std::optional<quant::CorrectedRows>& corrected() { return corrected_; }
 
@@ -210,7 +218,7 @@ class SetRows::RowTiles {
   quant::QuantizedMatrix matrix_;  ///< all rows; shares its tensors with the module's
   at::Tensor weight_;              ///< [rows, C], or of the whole module where rows_ choose
   at::Tensor rows_;                ///< [n_rows] i64, or undefined
-  int64_t n_rows_, height_, n_tiles_, every_;
+  int64_t first_row_, n_rows_, height_, n_tiles_, every_;
   TileShare share_;
   at::Tensor objectives_;                          ///< [tiles, 3] f64: rounded, chosen, asymmetric
   std::optional<quant::CorrectedRows> corrected_;  ///< this rank's rows
@@ -237,7 +245,7 @@ SetRows::SetRows(const Session& session, const std::vector<SolverUnit*>& units,
       const bool is_scattered = order.defined();
       modules_[u].emplace_back(
           session, unit, is_scattered ? weight : weight.slice(0, rows.begin, rows.end),
-          is_scattered ? order.slice(0, rows.begin, rows.end).to(weight.device()) : at::Tensor(),
+          is_scattered ? order.slice(0, rows.begin, rows.end).to(weight.device()) : at::Tensor(), rows.begin,
           rows_of(solved[served.task].matrix, rows));
       work.push_back(modules_[u].back().work());
     }

@@ -13,6 +13,7 @@
 #include <isobath/pipeline/prediction.hpp>
 #include <isobath/pipeline/quantize.hpp>
 #include <isobath/pipeline/row_grouping.hpp>
+#include <isobath/pipeline/tune.hpp>
 #include <isobath/pipeline/validate.hpp>
 #include <isobath/pipeline/versions.hpp>
 #include <isobath/report/progress.hpp>
@@ -28,6 +29,7 @@ namespace fs = std::filesystem;
 struct Closing {
   std::optional<MeasureResult> measured;
   std::optional<QuantizeResult> quantized;
+  std::optional<TuneResult> tuned;
   std::optional<evaluate::Summary> evaluated;
 };
 
@@ -94,6 +96,9 @@ std::string closing_table(const Session& session, const Closing& closing, const 
                             : "",
                         closing.quantized->n_fallbacks) +
             reestimation_text(session, *closing.quantized);
+  if (closing.tuned)
+    text += fmt::format("scales tuned in {} steps: KL {:.4f} to {:.4f} on the calibration tokens\n",
+                        closing.tuned->n_steps, closing.tuned->kl_first, closing.tuned->kl_last);
   std::string times;
   const auto add_time = [&](const char* stage, double seconds) {
     times +=
@@ -101,6 +106,7 @@ std::string closing_table(const Session& session, const Closing& closing, const 
   };
   if (closing.measured) add_time("measure", closing.measured->wall_s);
   if (closing.quantized) add_time("quantize", closing.quantized->wall_s);
+  if (closing.tuned) add_time("tune", closing.tuned->wall_s);
   constexpr double kGiB = 1 << 30;
   text +=
       fmt::format("time {}{}; {} rank{}, peak memory per rank {:.2f} GiB (largest), {:.2f} GiB (mean){}\n",
@@ -285,15 +291,26 @@ void run(const config::RunConfig& given, const std::vector<Stage>& stages, bool 
   if (contains(stages, Stage::quantize) && !directory.is_complete("quantize")) {
     if (needs_measure) require_finished(directory, "measure", world);
     // A crash between the last rename and its mark leaves a whole model: it is taken as it is.
-    if (!world.any(fs::exists(quantized / "config.json")))
+    const auto is_whole = [&](const fs::path& model) { return world.any(fs::exists(model / "config.json")); };
+    const fs::path untuned = directory.path() / quantized_name(config);
+    if (!is_whole(untuned) && !is_whole(quantized))
       closing.quantized =
           quantize(session, calibration, weights, statistics, directory, fingerprint, true, events);
     if (closing.quantized) prediction.record("quantize", closing.quantized->wall_s, events);
-    directory.mark_complete("quantize");
     return_free_memory();
+    // The scales again, all at once, by the loss of the whole model                      model/, once more
+    if (!is_whole(quantized)) {
+      closing.tuned = tune_scales(session, calibration, weights, untuned, directory.path(), events);
+      prediction.record("tune", closing.tuned->wall_s, events);
+      return_free_memory();
+    }
+    directory.mark_complete("quantize");
     // Nothing will be resumed from a saved state again.
     std::error_code ignored;
-    if (world.rank() == 0) fs::remove_all(directory.path() / "checkpoint", ignored);
+    if (world.rank() == 0) {
+      fs::remove_all(directory.path() / "checkpoint", ignored);
+      if (untuned != quantized) fs::remove_all(untuned, ignored);
+    }
   }
 
   // §8  what it cost: perplexity, KL, agreement                                          evaluation.json

@@ -49,6 +49,8 @@ comm::GridShape choose_shape(config::RunConfig& config, const std::vector<StageC
         static_cast<double>(needed) / (1 << 30), static_cast<double>(bytes_per_rank) / (1 << 30));
     config.residency = "streamed";
   };
+  // Steps of tuning pass through the whole model: its weights stay.
+  if (config.residency == "auto" && config.quantization.tuning.epochs > 0) config.residency = "resident";
   if (stages == 0 && replicas == 0 && config.residency != "streamed") {
     const GridChoice choice = choose_grid(n_ranks, n_microbatches, cost_of_stages, bytes_per_rank);
     if (choice.stages == 0 && config.residency == "resident")

@@ -4,6 +4,7 @@
 
 #include <isobath/comm/tree_sum.hpp>
 #include <isobath/core/trace.hpp>
+#include <isobath/pipeline/hidden_streams.hpp>
 #include <isobath/plan/job.hpp>
 #include <isobath/quant/correction.hpp>
 #include <isobath/sensitivity/covariance.hpp>
@@ -31,11 +32,16 @@ at::Tensor weights_of(const SolverUnit& unit, const CalibrationSet& calibration,
   return mask.defined() ? mask.flatten().to(at::kFloat) : mask;
 }
 
+Original flattened(const Original& original) {
+  const auto rows = [](const at::Tensor& values) { return values.defined() ? values.flatten(0, 1) : values; };
+  return {.input = rows(original.input), .residual = rows(original.residual)};
+}
+
 // Calls `visit` for each local microbatch and `close_shard(shard)` after the last one of each logical shard.
 void for_each_shard(const ForEachInput& for_each_input, const VisitInput& visit,
                     const std::function<void(int64_t)>& close_shard) {
   int64_t shard = -1;
-  for_each_input([&](const data::Microbatch& microbatch, const at::Tensor& x, const at::Tensor& original) {
+  for_each_input([&](const data::Microbatch& microbatch, const at::Tensor& x, const Original& original) {
     if (shard >= 0 && microbatch.shard != shard) close_shard(shard);
     shard = microbatch.shard;
     visit(microbatch, x, original);
@@ -77,6 +83,7 @@ std::vector<SolverUnit> make_units(const Session& session, const std::vector<Sol
         .columns = quant::column_panels(n_channels, quant::kPanel),
         .first_owner = units[u].root,
         .n_ranks = session.world().size(),
+        .n_residual = n_residual_channels(session, tasks.front().projection),
         .is_spread = n_channels > quant::kWholeColumns && !plan::needs_whole(session.config.quantization)};
   }
   return units;
@@ -94,7 +101,7 @@ void shrink_weights(const Session& session, const CalibrationSet& calibration, s
   const SolverUnit equal;
   for_each_shard(
       for_each_input,
-      [&](const data::Microbatch& microbatch, const at::Tensor& x, const at::Tensor&) {
+      [&](const data::Microbatch& microbatch, const at::Tensor& x, const Original&) {
         const at::Tensor squares = x.flatten(0, 1).to(at::kFloat).square().sum(1, false, at::kDouble).cpu();
         for (int64_t u = 0; u <= n_units; ++u) {
           const at::Tensor weights =
@@ -137,22 +144,23 @@ void accumulate(const Session& session, const CalibrationSet& calibration,
   const bool with_cross = session.config.quantization.asymmetric.is_on();
   std::vector<Sums> sums;
   for (size_t u = 0; u < units.size(); ++u)
-    sums.push_back(
-        {comm::TreeSum(owners, world.rank()), comm::TreeSum(owners, world.rank()),
-         sensitivity::Covariance(n_channels, session.device),
-         with_cross ? std::optional<sensitivity::CrossCovariance>(std::in_place, n_channels, session.device)
-                    : std::nullopt});
+    sums.push_back({comm::TreeSum(owners, world.rank()), comm::TreeSum(owners, world.rank()),
+                    sensitivity::Covariance(n_channels, session.device),
+                    with_cross ? std::optional<sensitivity::CrossCovariance>(
+                                     std::in_place, n_channels, session.device, units[u]->layout.n_residual)
+                               : std::nullopt});
   std::optional<trace::Span> span(std::in_place, "covariance");
   for_each_shard(
       for_each_input,
-      [&](const data::Microbatch& microbatch, const at::Tensor& x, const at::Tensor& original) {
+      [&](const data::Microbatch& microbatch, const at::Tensor& x, const Original& original) {
         const at::Tensor rows = x.flatten(0, 1);
+        const Original of_rows = flattened(original);
         for (size_t u = 0; u < units.size(); ++u) {
           at::Tensor weights = weights_of(*units[u], calibration, microbatch);
           if (weights.defined()) weights = weights.to(session.device);
           sums[u].h.add(rows, weights);
           if (!with_cross) continue;
-          sums[u].c->add(rows, original.flatten(0, 1), weights);
+          sums[u].c->add(rows, of_rows.input, weights, of_rows.residual);
         }
       },
       [&](int64_t shard) {
@@ -191,10 +199,10 @@ void factorize_spread(const Session& session, const CalibrationSet& calibration,
                                         const std::function<void(int64_t)>& close_shard) {
     for_each_shard(
         for_each_input,
-        [&](const data::Microbatch& microbatch, const at::Tensor& x, const at::Tensor& original) {
+        [&](const data::Microbatch& microbatch, const at::Tensor& x, const Original& original) {
           at::Tensor weights = weights_of(unit, calibration, microbatch);
           if (weights.defined()) weights = weights.to(session.device);
-          visit(x.flatten(0, 1), asymmetric.is_on() ? original.flatten(0, 1) : original, weights);
+          visit(x.flatten(0, 1), flattened(original), weights);
         },
         close_shard);
   };

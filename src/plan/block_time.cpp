@@ -103,12 +103,13 @@ class BlockTime {
         units * rows_time(covariance_sum(job_.shapes, local_tokens(), d, n_local_shards, is_spread));
     if (!is_spread) covariance_ += std::ceil(units / job_.layout.n_ranks()) * time(covariance_mirror(d));
     if (shrinks()) covariance_ += time(trace_pass(job_.shapes, local_tokens(), d));
-    const Work cross = cross_covariance_add(job_.shapes, local_tokens(), d);
+    const double height = 1 + job_.residual_channels(set) / d;  // of C, in d
+    const Work cross = height * cross_covariance_add(job_.shapes, local_tokens(), d);
     if (job_.is_asymmetric())
       correction_ += units * rows_time(cross + Work{.traffic_bytes = (passes - 1) * cross.traffic_bytes} +
                                        covariance_shards(d, n_local_shards));
     // Roots rotate: all but one in n_ranks need the move from rank 0.
-    const double matrices = job_.is_asymmetric() ? 2 : 1;
+    const double matrices = job_.is_asymmetric() ? 1 + height : 1;
     reduction_ += matrices * units * tree_sum_s(job_, share * 4 * d * d, job_.layout.n_ranks() > 1);
   }
 
@@ -131,14 +132,15 @@ class BlockTime {
     const bool is_everywhere = d <= static_cast<double>(quant::kWholeColumns);
     if (job_.is_asymmetric()) {
       const bool is_qep = asymmetric.correction == "qep";
-      const double matrix_s = broadcast_s(job_, Buffers::device, 4 * d * d);
+      const double c_bytes = 4 * (d + job_.residual_channels(set)) * d;
+      const double matrix_s = broadcast_s(job_, Buffers::device, c_bytes);
       // C; gptaq's M; panels of the ridge factor back and forth, and those of the factor for the objective.
       factor_out_ +=
           units * (matrix_s + (is_qep ? (is_everywhere ? 1 : 2) * all_panels_s(4) : matrix_s) +
                    (is_qep && is_spread ? all_panels_s(8) : 0) + (is_everywhere ? 0 : all_panels_s(4)));
       // C comes from the host of whoever has it.
       const double owners = is_spread ? static_cast<double>(job_.layout.n_ranks()) : 1;
-      correction_ += units * time({.host_link_bytes = 4 * d * d / owners});
+      correction_ += units * time({.host_link_bytes = c_bytes / owners});
       correction_ += !is_qep     ? mine * time(gptaq_correction(d))
                      : is_spread ? units * spread_factor_time(d)
                                  : mine * time(factorize(d));

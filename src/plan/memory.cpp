@@ -300,6 +300,26 @@ RankMemory quantize_memory(const Job& job, int stage) {
   return memory;
 }
 
+RankMemory tune_memory(const Job& job, int stage) {
+  RankMemory memory = pass_memory(job, stage, {.loss = "kl"});
+  std::erase_if(memory.items, [](const RankMemory::Item& item) {
+    return item.name == "D" || item.name == "scored widths" || item.name == "H of the original model";
+  });
+  const double n_blocks = static_cast<double>(job.layout.blocks[static_cast<size_t>(stage)].size());
+  const double weights = n_blocks * job.shapes.block_linears,
+               scales = weights / std::max<double>(1, static_cast<double>(job.config.quantization.group));
+  memory.items.push_back({"quantized weights", weight_bytes(job, stage)});
+  // Codes; of a scale its value, where it started, its logarithm and the two means of its gradient.
+  const double stored = static_cast<double>(c10::elementSize(job.model.dtype));
+  memory.items.push_back({"codes and scales", weights + (stored + 1 + 16) * scales});
+  // Sums of each level of the tree; of one linear ∂L/∂W, the levels of its codes and their products.
+  memory.items.push_back({"gradients", (4 * scales) * (1 + tree_levels(job.layout.shards_per_replica)) +
+                                           16 * largest_module(job)});
+  if (stage + 1 == job.layout.stages)
+    memory.items.push_back({"outputs of the original", replica_states(job)});
+  return memory;
+}
+
 RankMemory evaluate_memory(const Job& job, int stage) {
   const Shapes& s = job.shapes;
   const auto window = static_cast<double>(job.config.evaluation.window);
@@ -346,6 +366,7 @@ MemoryNeed memory_need(const Job& job) {
     if (job.is_weighted()) consider(measure_memory(job, stage), "measure");
     consider(quantize_memory(job, stage), "quantize");
     if (job.reestimates()) consider(reestimation_memory(job, stage), "re-estimation");
+    if (job.tunes()) consider(tune_memory(job, stage), "tune");
     if (!job.config.evaluation.tokens.empty()) consider(evaluate_memory(job, stage), "evaluate");
   }
   return need;

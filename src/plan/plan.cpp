@@ -37,6 +37,7 @@ std::vector<GridShape> possible_grids(const config::RunConfig& config, const mod
 
 /// The residencies that `config` allows, the one that a run prefers first.
 std::vector<std::string> possible_residencies(const config::RunConfig& config) {
+  if (config.residency == "auto" && config.quantization.tuning.epochs > 0) return {"resident"};
   if (config.residency == "auto") return {"resident", "streamed"};
   return {config.residency};
 }
@@ -48,7 +49,7 @@ config::RunConfig with_residency(config::RunConfig config, const std::string& re
 
 double total_s(const Job& job) {
   return load_time(job).total_s() + (job.is_weighted() ? measure_time(job).total_s() : 0) +
-         quantize_time(job, job.config.quantization.reestimate).total_s() +
+         quantize_time(job, job.config.quantization.reestimate).total_s() + tune_time(job).total_s() +
          (job.config.evaluation.tokens.empty() ? 0 : evaluate_time(job).total_s());
 }
 
@@ -83,6 +84,7 @@ DiskNeed disk_need(const Job& job) {
   disk.model_bytes = job.stored_end_bytes();
   for (int64_t block = 0; block < job.model.n_blocks; ++block)
     disk.model_bytes += job.quantized_block_bytes(block);
+  if (job.tunes()) disk.model_bytes *= 2;  // the untuned model goes when the other one is whole
   if (job.is_weighted()) {
     disk.statistics_bytes = n_blocks * job.token_weight_bytes();
     const config::Reestimate& reestimate = job.config.quantization.reestimate;
@@ -222,7 +224,7 @@ const StageTime& Plan::configured_quantize() const {
 
 double Plan::total_s() const {
   return load.total_s() + (measure ? measure->total_s() : 0) + configured_quantize().total_s() +
-         (evaluate ? evaluate->total_s() : 0);
+         (tune ? tune->total_s() : 0) + (evaluate ? evaluate->total_s() : 0);
 }
 
 Plan plan_of(const config::RunConfig& config, const model::ModelConfig& model, const Cluster& cluster,
@@ -241,11 +243,13 @@ Plan plan_of(const config::RunConfig& config, const model::ModelConfig& model, c
     if (job.is_weighted()) plan.measure_memory.push_back(measure_memory(job, stage));
     plan.quantize_memory.push_back(quantize_memory(job, stage));
     if (job.reestimates()) plan.reestimation_memory.push_back(reestimation_memory(job, stage));
+    if (job.tunes()) plan.tune_memory.push_back(tune_memory(job, stage));
     if (evaluates) plan.evaluate_memory.push_back(evaluate_memory(job, stage));
   }
   plan.need = memory_need(job);
   plan.load = load_time(job);
   if (job.is_weighted()) plan.measure = measure_time(job);
+  if (job.tunes()) plan.tune = tune_time(job);
   if (evaluates) plan.evaluate = evaluate_time(job);
   plan.quantize = quantize_policies(job);
   plan.disk = disk_need(job);

@@ -73,7 +73,9 @@ RowMemory row_memory(const Job& job, int set, double d) {
 }
 
 SolverMemory whole_memory(const Job& job, int set, double d) {
-  const double matrix = 4 * d * d, triangle = panel_entries(d), sums = job.is_asymmetric() ? 2 : 1;
+  // Of the sums H is one, and C one or with the residual stream's rows more.
+  const double matrix = 4 * d * d, triangle = panel_entries(d), cross = 1 + job.residual_channels(set) / d,
+               sums = job.is_asymmetric() ? 1 + cross : 1;
   const auto units = static_cast<double>(job.units_of(set)),
              mine = static_cast<double>(job.units_of_root(set));
   SolverMemory memory;
@@ -92,14 +94,14 @@ SolverMemory whole_memory(const Job& job, int set, double d) {
   const bool at_once = d <= static_cast<double>(quant::kWholeColumns);
   const double panel = 4 * std::min(d, panel_columns()) * d;
   memory.device_solving = (at_once ? units * factors * 4 * triangle : panel) +
-                          (job.is_asymmetric() ? panel : 0) + (is_gptaq && has_devices ? matrix : 0);
+                          (job.is_asymmetric() ? cross * panel : 0) + (is_gptaq && has_devices ? matrix : 0);
   memory.solving = (at_once ? 0 : mine * factors * 4 * triangle) + (is_gptaq ? units * matrix : 0) +
-                   (job.is_asymmetric() ? mine * matrix : 0);
+                   (job.is_asymmetric() ? mine * cross * matrix : 0);
   return memory;
 }
 
 /// Of one unit at a time, in panels that all ranks share.
-SolverMemory spread_memory(const Job& job, double d) {
+SolverMemory spread_memory(const Job& job, int set, double d) {
   const double ranks = static_cast<double>(job.layout.n_ranks()), width = panel_columns();
   const double panel = width * d, own = panel_entries(d) / ranks;
   SolverMemory memory;
@@ -116,16 +118,17 @@ SolverMemory spread_memory(const Job& job, double d) {
   memory.device_solving = 4 * own + 4 * panel;
   if (!job.is_qep()) return memory;
   // H is kept until its second factor is there; then panels of C are summed beside both.
-  const double c = 4 * d * d / ranks, factors = 2 * 4 * own;
+  const double cross = 1 + job.residual_channels(set) / d, c = cross * 4 * d * d / ranks,
+               factors = 2 * 4 * own;
   memory.device_factorizing += 4 * own;
   if (has_devices) {
-    memory.device_factorizing = std::max(memory.device_factorizing, factors + memory.device_sums);
-    memory.factorizing = std::max(memory.factorizing, c + 2 * 4 * panel);
+    memory.device_factorizing = std::max(memory.device_factorizing, factors + cross * memory.device_sums);
+    memory.factorizing = std::max(memory.factorizing, c + cross * 2 * 4 * panel);
   } else {
     memory.device_factorizing =
-        std::max(memory.device_factorizing, factors + c + memory.device_sums + partial + 4 * panel);
+        std::max(memory.device_factorizing, factors + c + cross * (memory.device_sums + partial + 4 * panel));
   }
-  memory.device_solving = factors + 2 * 4 * panel;
+  memory.device_solving = factors + (1 + cross) * 4 * panel;
   memory.solving = c;
   return memory;
 }
@@ -139,7 +142,7 @@ void add_solver(const Job& job, RankMemory& memory) {
   std::array<double, model::kInputSets> factorizing{};
   for (int set = 0; set < model::kInputSets; ++set) {
     const auto d = static_cast<double>(model::module_shape(job.model, model::input_set(set).front()).columns);
-    const SolverMemory phases = job.is_spread(d) ? spread_memory(job, d) : whole_memory(job, set, d);
+    const SolverMemory phases = job.is_spread(d) ? spread_memory(job, set, d) : whole_memory(job, set, d);
     const RowMemory rows = row_memory(job, set, d);
     const double on_host = has_devices ? 0 : 1;
     h.device_bytes = std::max(h.device_bytes, phases.device_sums);

@@ -189,6 +189,47 @@ StageTime quantize_time(const Job& job, const config::Reestimate& reestimate) {
   return time;
 }
 
+StageTime tune_time(const Job& job) {
+  StageTime time{.name = "tune"};
+  if (!job.tunes()) return time;
+  const config::Tuning& tuning = job.config.quantization.tuning;
+  const Layout& layout = job.layout;
+  // Of a measure pass, forward and backward; the loss reads the logits of both models.
+  config::RunConfig config = job.config;
+  config.sensitivity = {};
+  config.sensitivity.per_sequence = "off";
+  const Job plain(config, job.model, job.cluster, layout.stages, layout.replicas);
+  const StageTime pass = measure_time(plain);
+  const double n = static_cast<double>(layout.microbatches_per_replica),
+               n_tokens = job.mean_microbatch() * job.length() * n;
+  double most_blocks = 0;
+  for (const Range& blocks : layout.blocks)
+    most_blocks = std::max(most_blocks, static_cast<double>(blocks.size()));
+  const double weights = most_blocks * job.shapes.block_linears;
+  constexpr double kLevelTraffic = 24;  // of a weight's gradient: codes to f32, times levels, summed
+  const Work gradients{.gemm_flops = 2 * n_tokens * weights, .traffic_bytes = kLevelTraffic * n * weights};
+  const double epoch_compute_s = pass.compute_s + seconds_of(job, gradients) +
+                                 seconds_of(job, head_loss(job.shapes, n_tokens, config.sensitivity));
+  const auto epochs = static_cast<double>(tuning.epochs);
+  const double steps = static_cast<double>(std::min(tuning.steps, job.config.calibration.logical_shards));
+  constexpr double kDequantizeTraffic = 27;
+  const double changed_s = seconds_of(job, {.traffic_bytes = kDequantizeTraffic * weights});
+  const double forward_s = seconds_of(job, most_blocks * forward_block(job.shapes, n_tokens, job.length()));
+  time.compute_s = epochs * (epoch_compute_s + steps * changed_s) + forward_s;
+  time.communication_s = epochs * pass.communication_s;
+  time.idle_s = epochs * steps * pass.idle_s / static_cast<double>(layout.segments);
+  const double scale_bytes =
+      4 * weights / std::max<double>(1, static_cast<double>(job.config.quantization.group));
+  if (layout.replicas > 1)
+    time.communication_s +=
+        2 * epochs * steps * message_s(job.cluster, Buffers::host, replicas_cross_nodes(job), scale_bytes);
+  double quantized = job.stored_end_bytes();
+  for (int64_t block = 0; block < job.model.n_blocks; ++block) quantized += job.quantized_block_bytes(block);
+  time.disk_s = read_s(job.cluster, 2 * quantized * layout.replicas, job.nodes()) +
+                write_s(job.cluster, quantized, job.nodes());
+  return time;
+}
+
 StageTime evaluate_time(const Job& job) {
   const Layout& layout = job.layout;
   const auto window = static_cast<double>(job.config.evaluation.window);

@@ -45,11 +45,25 @@ void CorrectedRows::for_each_strip(const Visit& visit) {
     some(0, std::ssize(products_));
 }
 
+void CorrectedRows::add_residual(const at::Tensor& rows, double share) {
+  ISOBATH_CHECK(rows.dim() == 1 && rows.size(0) == n_rows_, "{} rows of the residual for {} of w",
+                rows.numel(), n_rows_);
+  residual_rows_ = rows.to(device_);
+  residual_share_ = share;
+}
+
 void CorrectedRows::multiply(const at::Tensor& c, Range columns) {
-  const at::Tensor own = c.to(device_);
+  const int64_t n_channels = weights_.front().size(0);
+  const at::Tensor whole = c.to(device_), own = whole.slice(0, 0, n_channels);
+  const at::Tensor residual =
+      residual_rows_.defined() ? whole.index_select(0, residual_rows_ + n_channels) : at::Tensor();
   for_each_strip([&](size_t strip) {
     at::Tensor product = products_[strip].slice(0, columns.begin, columns.end);
     at::mm_out(product, own.t(), weights_[strip]);
+    if (!residual.defined()) return;
+    const int64_t begin = static_cast<int64_t>(strip) * strip_rows_,
+                  end = std::min(n_rows_, begin + strip_rows_);
+    product.slice(1, 0, end - begin).add_(residual.slice(0, begin, end).t(), residual_share_);
   });
 }
 

@@ -53,7 +53,7 @@ at::Tensor dequantize(const QuantizedMatrix& matrix) {
                     matrix.zero.sizes() == matrix.scale.sizes(),
                 "codes [{}, {}] with group {} need scales and zeros [{}, {}]", n_rows, n_columns,
                 matrix.spec.group, n_rows, groups);
-  at::Tensor values = at::empty({n_rows, n_columns}, matrix.spec.storage);
+  at::Tensor values = at::empty({n_rows, n_columns}, matrix.codes.options().dtype(matrix.spec.storage));
   // Some rows at a time: steps in f32 between codes and values stay small, whatever the matrix.
   constexpr int64_t kRows = 256;
   for (int64_t begin = 0; begin < n_rows; begin += kRows) {

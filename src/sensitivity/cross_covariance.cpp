@@ -9,11 +9,12 @@
 
 namespace isobath::sensitivity {
 
-CrossCovariance::CrossCovariance(int64_t n_channels, c10::Device device)
-    : CrossCovariance(n_channels, {{0, n_channels}}, device) {}
+CrossCovariance::CrossCovariance(int64_t n_channels, c10::Device device, int64_t n_residual)
+    : CrossCovariance(n_channels, {{0, n_channels}}, device, n_residual) {}
 
-CrossCovariance::CrossCovariance(int64_t n_channels, std::vector<Range> columns, c10::Device device)
-    : n_channels_(n_channels), columns_(std::move(columns)), device_(device) {
+CrossCovariance::CrossCovariance(int64_t n_channels, std::vector<Range> columns, c10::Device device,
+                                 int64_t n_residual)
+    : n_channels_(n_channels), n_residual_(n_residual), columns_(std::move(columns)), device_(device) {
   for (size_t p = 1; p < columns_.size(); ++p) {
     ISOBATH_CHECK(columns_[p].begin == columns_[p - 1].end, "panels that do not stand side by side");
     has_kernel_ &= columns_[p - 1].size() % kernels::kGramAlignment == 0;
@@ -23,7 +24,8 @@ CrossCovariance::CrossCovariance(int64_t n_channels, std::vector<Range> columns,
 void CrossCovariance::begin_sums() {
   if (!sums_.empty()) return;
   for (const Range& columns : columns_)
-    sums_.push_back(at::zeros({n_channels_, columns.size()}, at::TensorOptions(at::kFloat).device(device_)));
+    sums_.push_back(at::zeros({n_channels_ + n_residual_, columns.size()},
+                              at::TensorOptions(at::kFloat).device(device_)));
 }
 
 std::vector<at::Tensor> CrossCovariance::take() {
@@ -31,15 +33,20 @@ std::vector<at::Tensor> CrossCovariance::take() {
   return std::exchange(sums_, {});
 }
 
-void CrossCovariance::add(const at::Tensor& x, const at::Tensor& original, const at::Tensor& weights) {
+void CrossCovariance::add(const at::Tensor& x, const at::Tensor& original, const at::Tensor& weights,
+                          const at::Tensor& residual) {
   ISOBATH_CHECK(x.dim() == 2 && x.size(1) == n_channels_ && original.sizes() == x.sizes(),
                 "cross-covariance of {} channels given x with {} dimensions, last {}", n_channels_, x.dim(),
                 x.size(-1));
   ISOBATH_CHECK(!weights.defined() || (weights.dim() == 1 && weights.size(0) == x.size(0)),
                 "cross-covariance: one weight per row of x [{}, {}] expected", x.size(0), x.size(1));
+  ISOBATH_CHECK(n_residual_ == 0 ||
+                    (residual.dim() == 2 && residual.size(0) == x.size(0) && residual.size(1) == n_residual_),
+                "cross-covariance: a residual [{}, {}] expected", x.size(0), n_residual_);
   if (x.size(0) == 0) return;
   const c10::NoGradGuard no_grad;
   at::Tensor input = x.to(at::kFloat), deviation = original.to(at::kFloat) - input;
+  if (n_residual_ > 0) deviation = at::cat({deviation, residual}, 1);
   if (weights.defined()) {
     deviation *= weights.to(at::kFloat).unsqueeze(1);
     // 0·inf is NaN: padding may hold anything.

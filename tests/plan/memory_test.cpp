@@ -93,10 +93,13 @@ TEST(Memory, QuantizeHoldsTheCovariancesOfOneInputSet) {
   // With qep C too: sums and partial sums of both, less than what solving holds: two factors, C, a panel of
   // it, and for 8 rows of 16 channels 14 bytes a weight (errors, codes and their copy, W C and the target); a
   // slab.
-  config.quantization.asymmetric.correction = "qep";
+  config.quantization.asymmetric = {.correction = "qep", .residual = 0};
   config.quantization.refinement.sweeps = 1;
   constexpr double kSlab = 4 * 16 * (16 + 16);
   EXPECT_EQ(held("H, factors and rows"), (std::pair{2 * 1024.0, 2 * 1024 + 14 * 8 * 16 + kSlab}));
+  // The residual stream's 8 channels below C's 16: half of C more in the sums, in C itself and in its panel.
+  config.quantization.asymmetric.residual = 1;
+  EXPECT_EQ(held("H, factors and rows"), (std::pair{2.5 * 1024.0, 2 * 1024 + 512 + 14 * 8 * 16 + kSlab}));
   EXPECT_EQ(quantize_memory(Job(config, model, cluster, 1, 1), 0).root_bytes, 0);
   // gptaq: one factor, and M; while that is made H, C, the factor, five f64 matrices and the result.
   config.quantization.asymmetric.correction = "gptaq";
@@ -116,6 +119,31 @@ TEST(Memory, QuantizeHoldsTheCovariancesOfOneInputSet) {
   const RankMemory two = quantize_memory(Job(config, model, node, 4, 1), 0);
   EXPECT_EQ(two.root_bytes, kMaking - (6 * 1024 + 2 * 14 * 4 * 16 + kSlab));
   EXPECT_EQ(two.node_root_bytes, 2 * two.root_bytes);
+}
+
+TEST(Memory, TuningHoldsAMeasurePassTheCodesAndTheQuantizedWeights) {
+  const model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  config.compute_dtype = "bfloat16";
+  config.quantization.group = 8;
+  config.quantization.tuning.epochs = 1;
+  const Cluster cluster = instant_cluster();
+  const Job job(config, model, cluster, 2, 1);
+  const auto item = [&](int stage, const std::string& name) {
+    for (const auto& found : tune_memory(job, stage).items)
+      if (found.name == name) return std::pair{found.device_bytes, found.host_bytes};
+    return std::pair{-1.0, -1.0};
+  };
+  EXPECT_EQ(item(0, "quantized weights"), item(0, "weights"));
+  EXPECT_EQ(item(0, "in flight").first, 2 * 2 * 80);  // as measure
+  EXPECT_EQ(item(0, "D").first, -1);
+  // 2 blocks of 576 weights, groups of 8: codes; scales in bf16, zeros, and four times f32.
+  EXPECT_EQ(item(0, "codes and scales").first, 2 * 576 + (2 + 1 + 16) * 2 * 576 / 8.0);
+  EXPECT_EQ(item(0, "outputs of the original").first, -1);
+  EXPECT_EQ(item(1, "outputs of the original").first, 4 * 80);
+  EXPECT_EQ(
+      memory_need(job).node_bytes >= tune_memory(job, 1).host_bytes() + tune_memory(job, 1).device_bytes(),
+      true);
 }
 
 TEST(Memory, AWideCovarianceIsSharedByTheRanks) {
@@ -142,9 +170,15 @@ TEST(Memory, AWideCovarianceIsSharedByTheRanks) {
   EXPECT_TRUE(Job(config, model, cluster, 4, 1).is_spread(8192));
   EXPECT_EQ(solver_bytes(4), std::max(2 * entries + 20 * kPanel, 4 * (6 + 6 + 1) * kPanel));
   // qep: H beside the panels that become its ridge factor; or both factors, all rows of C, and its last pass.
-  config.quantization.asymmetric.correction = "qep";
+  config.quantization.asymmetric = {.correction = "qep", .residual = 0};
   EXPECT_EQ(solver_bytes(1),
             std::max(12 * entries + 20 * kPanel, 8 * entries + 4 * 8192.0 * 8192 + 4 * (6 * 3 + 1) * kPanel));
+  // C with the residual stream's channels.
+  config.quantization.asymmetric.residual = 1;
+  constexpr double kTall = (8192.0 + 8) / 8192;
+  EXPECT_DOUBLE_EQ(solver_bytes(1),
+                   std::max(12 * entries + 20 * kPanel,
+                            8 * entries + kTall * (4 * 8192.0 * 8192 + 4 * (6 * 3 + 1) * kPanel)));
   // What needs H whole is not spread.
   config.quantization.asymmetric.correction = "gptaq";
   EXPECT_FALSE(Job(config, model, cluster, 4, 1).is_spread(8192));
@@ -178,7 +212,7 @@ TEST(Memory, DevicesHoldTheRowsInWork) {
   config.quantization.refinement.sweeps = 1;
   EXPECT_EQ(held(), (4 + 5) * 256.0 + 4 * 3 * 64 + 5 * 4 * 256 + 2 * 4 * 64);
   // Corrected: W C and the target instead of the weights, two factors each, and a panel of C.
-  config.quantization.asymmetric.correction = "qep";
+  config.quantization.asymmetric = {.correction = "qep", .residual = 0};
   EXPECT_EQ(held(), (8 + 5) * 256.0 + 4 * 3 * 64 + 5 * 4 * 256 + 5 * 4 * 64);
   config.quantization.refinement.sweeps = 0;
   config.quantization.asymmetric.correction = "none";

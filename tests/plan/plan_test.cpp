@@ -83,6 +83,24 @@ TEST(Plan, ComparesPoliciesOnceEach) {
   EXPECT_LT(plan.quantize[0].time.total_s(), plan.quantize[2].time.total_s());
 }
 
+TEST(Plan, TuningIsAStageWhoseEpochsCostTheSame) {
+  const model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  const Cluster cluster = instant_cluster();
+  const auto planned = [&](int64_t epochs) {
+    config.quantization.tuning.epochs = epochs;
+    return plan_of(config, model, cluster, 2, 1);
+  };
+  const Plan none = planned(0), one = planned(1), two = planned(2), three = planned(3);
+  EXPECT_FALSE(none.tune);
+  ASSERT_TRUE(one.tune);
+  EXPECT_GT(one.tune->total_s(), one.measure->compute_s);
+  EXPECT_DOUBLE_EQ(three.tune->total_s() - two.tune->total_s(), two.tune->total_s() - one.tune->total_s());
+  EXPECT_DOUBLE_EQ(two.total_s() - none.total_s(), two.tune->total_s());
+  EXPECT_EQ(one.disk.model_bytes, 2 * none.disk.model_bytes);
+  EXPECT_EQ(one.tune_memory.size(), 2U);
+}
+
 TEST(Plan, TheGridOfTheConfigurationIsKept) {
   config::RunConfig config = large_config();
   config.ranks.stages = 4;

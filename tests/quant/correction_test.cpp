@@ -67,6 +67,37 @@ TEST(Correction, QepIsTheRidgeSolutionOfTheAsymmetricObjective) {
   }
 }
 
+TEST(Correction, WithTheResidualStreamItIsTheRidgeSolutionForTheSum) {
+  const Streams s = random_streams(41);
+  auto generator = test_generator(42);
+  // The residual has more channels than this part of a module has rows: some of them, in another order.
+  constexpr int64_t kChannels = kRows + 4;
+  const at::Tensor residual = at::randn({kTokens, kChannels}, generator, at::TensorOptions(at::kDouble));
+  const at::Tensor rows = at::tensor({9, 2, 0, 10, 5, 4, 7}, at::kLong);
+  const at::Tensor p = residual.t().mm(s.x * s.d.unsqueeze(1)).to(at::kFloat);
+  constexpr double kShare = 0.7, kRidge = 0.1;
+
+  FactorSpec spec = ridge_spec(kRidge);
+  const Factor factor = factorize(s.h, spec);
+  CorrectedRows corrected_rows(s.w);
+  corrected_rows.add_residual(rows, kShare);
+  const at::Tensor both = at::cat({s.c, p});
+  for (const Range& columns : column_panels(kColumns, 10))
+    corrected_rows.multiply(both.slice(1, columns.begin, columns.end), columns);
+  const at::Tensor products = corrected_rows.products({0, kRows});
+  for (size_t panel = factor.panels.size(); panel-- > 0;)
+    corrected_rows.substitute_back(factor.panels[panel]);
+  for (const at::Tensor& panel : factor.panels) corrected_rows.substitute_forward(panel, factor.curvature);
+
+  const at::Tensor own = kShare * residual.index_select(1, rows);
+  const at::Tensor expected = reference::least_squares_target(
+      s.w, s.x_original, s.x, s.d, kRidge * s.h.diagonal().mean().item<double>(), own);
+  EXPECT_TRUE(
+      at::allclose((s.w + corrected_rows.take_solution()).to(at::kDouble), expected, kTolerance, kTolerance));
+  // W C + ρP by hand, and as the linear part of the objective.
+  EXPECT_TRUE(at::allclose(products, s.w.mm(s.c) + kShare * p.index_select(0, rows), kTolerance, kTolerance));
+}
+
 TEST(Correction, StrengthIsAShareOfTheWay) {
   const Streams s = random_streams(32);
   EXPECT_LT(output_error(s, qep_target(s, 1e-6, 0.5)), output_error(s, s.w));

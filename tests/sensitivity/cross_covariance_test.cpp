@@ -51,6 +51,23 @@ TEST(CrossCovariance, ColumnsAreThoseOfTheWholeAndStartAgainOnceTaken) {
   }
 }
 
+TEST(CrossCovariance, ResidualRowsStandBelowThoseOfTheInput) {
+  at::manual_seed(17);
+  const at::Tensor x = at::randn({40, 12}), original = x + 0.1 * at::randn({40, 12}),
+                   weights = at::rand({40});
+  const at::Tensor residual = at::randn({40, 5});
+  CrossCovariance with(12, c10::Device(c10::kCPU), 5), without(12);
+  with.add(x, original, weights, residual);
+  without.add(x, original, weights);
+  const at::Tensor found = with.take()[0];
+  ASSERT_EQ(found.sizes(), (at::IntArrayRef{17, 12}));
+  EXPECT_LT(relative_error(found.slice(0, 0, 12).to(at::kDouble), without.take()[0].to(at::kDouble)),
+            kSingleTolerance);
+  // Σ_i D_i r_i x_iᵀ: the deviation of a stream that is x + r from one that is x, where channels allow it.
+  const at::Tensor expected = residual.to(at::kDouble).t().mm((x * weights.unsqueeze(1)).to(at::kDouble));
+  EXPECT_LT(relative_error(found.slice(0, 12).to(at::kDouble), expected), kSingleTolerance);
+}
+
 TEST(CrossCovariance, RowsAreChannelsOfTheDeviation) {
   CrossCovariance c(2);
   c.add(at::tensor({1.0F, 2.0F}).view({1, 2}), at::tensor({1.0F, 5.0F}).view({1, 2}), at::tensor({2.0F}));

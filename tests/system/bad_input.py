@@ -52,6 +52,8 @@ def configurations(space):
     expect(space, "ranks-do-not-fit", 2, ["ranks?"], stages=2, replicas=2, ranks=3)
     expect(space, "divergence-of-the-original", 2, ["sensitivity.loss", "fisher", "reestimate.loss"],
            settings=("sensitivity.loss=kl",))
+    expect(space, "tuning-of-streamed-weights", 2, ["quantization.tuning", "residency: resident", "epochs=0"],
+           settings=("quantization.tuning={epochs: 1}", "residency=streamed"))
     expect(space, "pattern-of-nothing", 2, ["quantization.ignore", "down_proj", "matches no linear"],
            settings=("quantization.ignore=[down_proj]",))
     expect(space, "split-set", 2, ["block 0, q/k/v", "3 bits", "8 bits", "quantization.overrides"],

@@ -147,6 +147,9 @@ PLAIN = ("quantization.asymmetric={correction: none}", "quantization.refinement=
 DRIFTING = ("quantization.reestimate={policy: drift, blocks: 1, threshold: 0.94, probe_sequences: 3, loss: kl}",
             "sensitivity.row_groups=2", "sensitivity.grouping=head")
 
+# Scales tuned with fewer steps than logical shards; with more row groups than it needs.
+TUNED = ("quantization.tuning={epochs: 2, steps: 3, rate: 0.01}", "sensitivity.row_groups=2")
+
 # Row groups that are measured, kept while D is measured again, and whose rows the solver takes out of their places.
 CLUSTERED = ("sensitivity.row_groups=2", "sensitivity.grouping=cluster", "sensitivity.grouping_sequences=3",
              "quantization.reestimate={policy: every, blocks: 2}", "quantization.asymmetric={correction: qep}",

@@ -3,13 +3,13 @@ import os
 import signal
 import time
 
-from isobath_system import (BLOCKS, CLUSTERED, DRIFTING, END_AFTER_DEATH_S, EVERYTHING_ON, Job, Workspace, assert_same_bytes, result_digests,
+from isobath_system import (BLOCKS, CLUSTERED, DRIFTING, END_AFTER_DEATH_S, EVERYTHING_ON, TUNED, Job, Workspace, assert_same_bytes, result_digests,
                             run_well, seeded_random)
 
 KILLS = 3
 # Of the duration of the undisturbed run, counted from the moment at which run.json exists.
 EARLIEST, LATEST = 0.02, 0.95
-VARIANTS = {"plain": (), "everything on": EVERYTHING_ON, "drift": DRIFTING, "clustered": CLUSTERED}
+VARIANTS = {"plain": (), "everything on": EVERYTHING_ON, "drift": DRIFTING, "clustered": CLUSTERED, "tuned": TUNED}
 
 chance = seeded_random()
 
@@ -59,7 +59,7 @@ for variant, settings in VARIANTS.items():
             if killed == 2:
                 kill_once(config, output, duration / 2, settings, resume=True)
             stages, replicas = (1, 2) if killed == KILLS else (2, 1)
-            streamed = ("residency=streamed",) if killed == KILLS else ()
+            streamed = ("residency=streamed",) if killed == KILLS and settings is not TUNED else ()
             run_well(config, stages=stages, replicas=replicas, settings=settings + streamed, resume=True)
             assert_same_bytes(expected, result_digests(output), f"{variant}, kill {killed}")
         assert killed == KILLS, f"only {killed} of {KILLS} kills met a running job"
@@ -71,6 +71,14 @@ for variant, settings in VARIANTS.items():
                 run_well(config, stages=2, settings=settings, resume=True)
                 assert_same_bytes(expected, result_digests(output), f"{variant}, killed after the last block")
                 break
+        # The codes are there and scales are tuned, or the tuned model is written.
+        for attempt in range(KILLS if settings is TUNED else 0):
+            name = f"tuning-{attempt}"
+            output, config = space.path / name, space.config(name)
+            if kill_once(config, output, duration / 10, settings, resume=False, landmark="model.untuned/config.json"):
+                run_well(config, stages=1, replicas=2, settings=settings, resume=True)
+                assert_same_bytes(expected, result_digests(output), f"{variant}, killed while scales were tuned")
+                assert not (output / "model.untuned").exists(), "the untuned model was kept"
         # Resuming what is finished changes nothing.
         run_well(undisturbed, stages=2, settings=settings, resume=True)
         assert_same_bytes(expected, result_digests(space.path / "undisturbed"), "resumed after the end")

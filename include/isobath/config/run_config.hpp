@@ -50,7 +50,13 @@ struct Asymmetric {
   std::string correction = "qep";  ///< none | qep | gptaq
   double strength = 0.5;           ///< a of W + a·W·M
   double ridge = 1.0;              ///< λ of qep, in mean diagonals of H
+  double residual = 1.0;           ///< ρ of qep: share of the residual stream's deviation in the target
   [[nodiscard]] bool is_on() const { return correction != "none"; }
+};
+struct Tuning {
+  int64_t epochs = 0;   ///< passes over the calibration tokens that tune scales; 0: none
+  int64_t steps = 8;    ///< of an epoch
+  double rate = 0.004;  ///< of the first step, relative change of a scale
 };
 struct Reestimate {
   std::string policy = "never";  ///< never | every | drift
@@ -79,12 +85,17 @@ struct Quantization {
   Refinement refinement;
   Asymmetric asymmetric;
   Reestimate reestimate;
+  Tuning tuning;
   std::vector<std::string> ignore = {"lm_head"};
   std::vector<Override> overrides;
   std::string allocation;  ///< file of `isobath allocate`; empty: none
   Allocation allocated;    ///< its content, once apply_allocation has read it
   /// Whether the hidden states of the original model travel beside those of the quantized prefix.
   [[nodiscard]] bool is_asymmetric() const { return solver != "round_to_nearest" && asymmetric.is_on(); }
+  /// Whether linears that are added to the residual stream make up for what that lacks.
+  [[nodiscard]] bool corrects_residual() const {
+    return is_asymmetric() && asymmetric.correction == "qep" && asymmetric.residual > 0;
+  }
 };
 struct Evaluation {
   std::string tokens;  ///< empty: the stage is skipped

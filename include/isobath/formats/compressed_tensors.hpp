@@ -4,6 +4,7 @@
 #include <isobath/io/safetensors_writer.hpp>
 #include <isobath/quant/grid.hpp>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -30,6 +31,9 @@ class SchemeTable {
   /// Scheme of a module by compressed-tensors' rules (exact name, pattern, class "Linear"); null when none or
   /// ignored.
   [[nodiscard]] const Scheme* find(const std::string& module) const;
+  /// Codes, scales and zeros of a module; empty when the checkpoint holds no packed tensors for it.
+  [[nodiscard]] std::optional<quant::QuantizedMatrix> read(const io::ShardedReader& tensors,
+                                                           const std::string& module) const;
   [[nodiscard]] at::Tensor decode(const io::ShardedReader& tensors, const std::string& module) const;
 
  private:

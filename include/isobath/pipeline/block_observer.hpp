@@ -5,6 +5,7 @@
 #include <isobath/comm/tree_sum.hpp>
 #include <isobath/model/block.hpp>
 #include <isobath/pipeline/perturbation_observer.hpp>
+#include <isobath/pipeline/scale_gradients.hpp>
 #include <isobath/pipeline/session.hpp>
 #include <isobath/pipeline/statistics_files.hpp>
 #include <isobath/sensitivity/channel_statistics.hpp>
@@ -25,6 +26,10 @@ class BlockObserver {
     /// Row profiles of these microbatches and nothing else, not even D: what `reduce_profile` reduces. They
     /// are some of the calibration set, ascending, on every replica the same. Null: no profiles.
     const std::vector<data::Microbatch>* profiled = nullptr;
+    /// ∂L/∂s of these blocks' scales and nothing else, over the microbatches of these logical shards: what
+    /// `reduce_scale_gradient` reduces. Null: none.
+    const std::map<int64_t, BlockTuners>* tuners = nullptr;
+    std::vector<int64_t> tuned_shards = {};
     BlockRowGroups row_groups = {};  ///< of D and H; not needed for profiles
     /// The block's weights when the widths of sensitivity.gram.bits are to be scored, else null.
     const model::BlockWeights* perturbed = nullptr;
@@ -54,6 +59,8 @@ class BlockObserver {
   /// Collective over the replicas of this stage: the profiles of a linear's rows, [d_out,
   /// sensitivity::kProfileLength] f32, on the root; an undefined tensor elsewhere.
   [[nodiscard]] at::Tensor reduce_profile(model::Projection projection);
+  /// Collective over the replicas of this stage: ∂L/∂s of a quantized linear [R, G] f32 CPU, on all of them.
+  [[nodiscard]] at::Tensor reduce_scale_gradient(model::Projection projection);
 
  private:
   struct Module {
@@ -84,6 +91,7 @@ class BlockObserver {
   int64_t sample_ = 0;
   at::Tensor mask_;
   std::array<Module, model::kProjections> modules_;
+  std::optional<ScaleGradients> scale_gradients_;
 };
 
 }  // namespace isobath::pipeline

@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <isobath/comm/tree_sum.hpp>
+#include <isobath/pipeline/original.hpp>
 #include <isobath/pipeline/session.hpp>
 #include <isobath/quant/solver.hpp>
 #include <map>
@@ -44,10 +45,9 @@ struct SolveTask {
   sensitivity::RowGroups row_groups;  ///< of token_weights
 };
 
-/// Takes a microbatch, its input X [b, T, d_in] behind the quantized prefix, and that of the original model
-/// (undefined when it does not travel along).
+/// Takes a microbatch and its input X [b, T, d_in] behind the quantized prefix.
 using VisitInput =
-    std::function<void(const data::Microbatch&, const at::Tensor& x, const at::Tensor& original)>;
+    std::function<void(const data::Microbatch&, const at::Tensor& x, const Original& original)>;
 /// Calls its argument for each local microbatch in order.
 using ForEachInput = std::function<void(const VisitInput&)>;
 

@@ -8,15 +8,15 @@
 
 namespace isobath::pipeline {
 
-/// The quantized checkpoint under construction: `model.partial/`, renamed to `model/` when everything is in
-/// it.
+/// The quantized checkpoint under construction: `NAME.partial/`, renamed to `NAME/` when everything is in it.
 ///
 /// Shards   model-00001-of-N: what stands outside the blocks; model-(b+2)-of-N: block b. So every block is
 /// written once, by the rank
 ///          that owns it, as soon as it is solved; index and config.json come last.
 class ModelOutput {
  public:
-  ModelOutput(const Session& session, std::filesystem::path run_directory);
+  /// name: of the directory in that of the run.
+  ModelOutput(const Session& session, const std::filesystem::path& run_directory, const std::string& name);
 
   [[nodiscard]] const std::filesystem::path& partial_directory() const { return partial_; }
 
@@ -28,7 +28,7 @@ class ModelOutput {
   /// file's name. Linears without a matrix are copied as they are.
   [[nodiscard]] std::string write_block(
       int64_t block, const std::map<model::Projection, quant::QuantizedMatrix>& matrices) const;
-  /// Collective: copies tokenizer and generation files, writes index and config.json, renames to `model/`.
+  /// Collective: copies tokenizer and generation files, writes index and config.json, renames to `NAME/`.
   void finish(const std::map<std::string, quant::GridSpec>& modules,
               const std::vector<std::string>& ignored) const;
 

@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <isobath/comm/device_communicator.hpp>
+#include <isobath/pipeline/original.hpp>
 #include <isobath/quant/factor.hpp>
 #include <vector>
 
@@ -16,7 +17,8 @@ struct PanelLayout {
   std::vector<Range> columns;  ///< of each panel
   int first_owner = 0;         ///< of panel 0
   int n_ranks = 1;
-  bool is_spread = true;  ///< the next panel belongs to the next rank; else all to the first owner
+  int64_t n_residual = 0;  ///< rows of C below those of the input's channels: channels of the residual stream
+  bool is_spread = true;   ///< the next panel belongs to the next rank; else all to the first owner
 
   [[nodiscard]] int owner(size_t panel) const {
     if (!is_spread) return first_owner;
@@ -24,10 +26,10 @@ struct PanelLayout {
   }
 };
 
-/// Takes rows of X [n, C], the same of the original model (undefined where nobody asks for them), and their
+/// Takes rows of X [n, C], those of the original model (undefined where nobody asks for them), and their
 /// token weights [n], or undefined (D = 1).
 using VisitRows =
-    std::function<void(const at::Tensor& x, const at::Tensor& original, const at::Tensor& weights)>;
+    std::function<void(const at::Tensor& x, const Original& original, const at::Tensor& weights)>;
 /// Calls the first for each batch of this rank's rows in order, and the second after the last one of each
 /// logical shard.
 using ForEachRows = std::function<void(const VisitRows&, const std::function<void(int64_t shard)>&)>;
@@ -43,7 +45,7 @@ using ForEachRows = std::function<void(const VisitRows&, const std::function<voi
                                                  const comm::Communicator& comm, c10::Device device,
                                                  const ForEachRows& for_each_rows);
 
-/// The same of C, whose panels have all C rows.
+/// The same of C, whose panels have all C rows, and n_residual more.
 [[nodiscard]] std::vector<at::Tensor> sum_cross_panels(const PanelLayout& layout,
                                                        const std::vector<int>& shard_owners,
                                                        const comm::Communicator& comm, c10::Device device,
@@ -72,7 +74,7 @@ inline constexpr size_t kPanelsPerPass = 6;
 [[nodiscard]] at::Tensor share_panel(const quant::Factor& factor, const PanelLayout& layout, size_t panel,
                                      const comm::DeviceCommunicator& devices);
 
-/// Columns of C on every rank's device, [C, width] f32 from the owner.
+/// Columns of C on every rank's device, [C + n_residual, width] f32 from the owner.
 [[nodiscard]] at::Tensor share_cross_panel(const at::Tensor& own, const PanelLayout& layout, size_t panel,
                                            const comm::DeviceCommunicator& devices);
 

@@ -27,6 +27,9 @@ struct QuantizeResult {
   double wall_s = 0;
 };
 
+/// Directory in that of a run which `quantize` writes: "model", or what is tuned before it becomes that.
+[[nodiscard]] const char* quantized_name(const config::RunConfig& config);
+
 /// The sequential pass: block by block, input set by input set, with the hidden states of the quantized
 /// prefix.
 ///
@@ -35,8 +38,8 @@ struct QuantizeResult {
 ///
 /// Memory   this rank's share of the hidden states: n_local · T · (d_model + d_ff) in compute dtype (twice
 /// with an asymmetric correction), the block in work. Network  per block: its weights once to every rank,
-/// then what BlockSolver says of each input set. Collective over the session's world. Leaves `run`/model.
-/// Throws StopRequested after SIGUSR1/SIGTERM, once a generation holds what is done.
+/// then what BlockSolver says of each input set. Collective over the session's world. Leaves
+/// `run`/quantized_name(). Throws StopRequested after SIGUSR1/SIGTERM, once a generation holds what is done.
 QuantizeResult quantize(const Session& session, const CalibrationSet& calibration,
                         const model::WeightStore& weights, const std::filesystem::path& statistics,
                         checkpoint::RunDirectory& run, const checkpoint::Fingerprint& fingerprint,

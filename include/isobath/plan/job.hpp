@@ -79,6 +79,13 @@ struct Job {
     const config::Reestimate& reestimate = config.quantization.reestimate;
     return is_weighted() && reestimate.policy != "never" && reestimate.blocks < model.n_blocks;
   }
+  /// Whether scales are tuned behind the quantize pass.
+  [[nodiscard]] bool tunes() const { return config.quantization.tuning.epochs > 0; }
+  /// Rows of C that hold the residual stream's deviation, for an input set (pipeline/hidden_streams.hpp).
+  [[nodiscard]] double residual_channels(int set) const {
+    const bool is_added = set % 2 == 1;  // o and down
+    return is_added && config.quantization.corrects_residual() ? static_cast<double>(model.d_model) : 0;
+  }
   /// Whether resident weights of the next block come from another stage while one is in work.
   [[nodiscard]] bool shares_next_block() const { return !is_streamed() && layout.stages > 1; }
   [[nodiscard]] int64_t ranks_on_node() const { return std::min(cluster.ranks_per_node, layout.n_ranks()); }

@@ -37,6 +37,7 @@ struct RankMemory {
 [[nodiscard]] RankMemory measure_memory(const Job& job, int stage);
 [[nodiscard]] RankMemory reestimation_memory(const Job& job, int stage);
 [[nodiscard]] RankMemory quantize_memory(const Job& job, int stage);
+[[nodiscard]] RankMemory tune_memory(const Job& job, int stage);
 [[nodiscard]] RankMemory evaluate_memory(const Job& job, int stage);
 
 /// Inputs of a rank's blocks that a streamed measure keeps for its way back: zero where there is none.

@@ -14,7 +14,7 @@ struct DiskNeed {
   double restatistics_bytes = 0;  ///< of each re-estimation of the configuration
   double generation_bytes = 0;    ///< one saved state; checkpoint.keep of them and one in the making
   double keep = 0;
-  double model_bytes = 0;    ///< the quantized checkpoint
+  double model_bytes = 0;    ///< the quantized checkpoint, twice where scales are tuned
   double scratch_bytes = 0;  ///< of a node, in scratch.directory while D is measured; not in written_bytes
   [[nodiscard]] double written_bytes() const {
     return statistics_bytes + restatistics_bytes + (keep + 1) * generation_bytes + model_bytes;
@@ -32,10 +32,10 @@ struct Plan {
   int64_t proposed_microbatch = 1;  ///< the configuration's, unless another saves 5 % of the run
   /// By stage of the pipeline; empty where the run has no such stage.
   std::vector<RankMemory> measure_memory = {}, quantize_memory = {}, reestimation_memory = {},
-                          evaluate_memory = {};
+                          tune_memory = {}, evaluate_memory = {};
   MemoryNeed need = {};
   StageTime load = {};
-  std::optional<StageTime> measure = {}, evaluate = {};
+  std::optional<StageTime> measure = {}, tune = {}, evaluate = {};
   struct Policy {
     std::string name;  ///< "never", "every 8 blocks"
     bool is_configured;

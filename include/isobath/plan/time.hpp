@@ -32,6 +32,10 @@ struct StageTime {
 /// drift at its most expensive. The forward pass of loss kl is left out.
 [[nodiscard]] StageTime quantize_time(const Job& job, const config::Reestimate& reestimate);
 
+/// Tuning of scales: the original model's forward pass, then in each step forward and backward of its part of
+/// the sequences, for which the pipeline fills and drains, and the gradients of scales.
+[[nodiscard]] StageTime tune_time(const Job& job);
+
 /// Loading the quantized checkpoint and running both models over the windows.
 [[nodiscard]] StageTime evaluate_time(const Job& job);
 

@@ -11,6 +11,9 @@
 ///
 /// A correction W → W + a·Z of the target that is quantized instead of W: QEP's Z = W C (H + λI)⁻¹, the way
 /// to that minimum under a ridge, or GPTAQ's.
+///
+/// Where the output is added to a residual stream that itself lacks R = r̃ − r, the linear can make up for
+/// that too: ½ ‖D^½ (ρR + X̃Wᵀ − XŴᵀ)‖² has W C + ρP in the place of W C, P = RᵀDX.
 namespace isobath::quant {
 
 /// How H is factorized for QEP: λ in mean diagonals over live columns, raised tenfold until H is positive
@@ -31,14 +34,16 @@ class CorrectedRows {
   /// w [R, C] any float dtype, CPU or a CUDA device, where all of it then happens; strips of `strip_rows`,
   /// a multiple of kRowTile: of those fixed shapes are the products that fix the bits.
   explicit CorrectedRows(const at::Tensor& w, int64_t strip_rows = kRowTile);
-  /// Takes columns of C [C, width] f32.
+  /// From now on C has the rows of P below its own. rows [R] i64: those of w in P. Before `multiply`.
+  void add_residual(const at::Tensor& rows, double share);
+  /// Takes columns of C [C, width] f32, or of C and P [C + d_model, width].
   void multiply(const at::Tensor& c, Range columns);
   /// Takes a panel of R diag(R)⁻¹ [end, width] f32 of H + λI = R Rᵀ, in natural order.
   void substitute_back(const at::Tensor& panel);
   /// The same; curvature: R_kk² of all columns.
   void substitute_forward(const at::Tensor& panel, const at::Tensor& curvature);
 
-  /// W C of some whole strips' rows, after the last multiply, [rows, C] f32 on the device of w.
+  /// W C + ρP of some whole strips' rows, after the last multiply, [rows, C] f32 on the device of w.
   [[nodiscard]] at::Tensor products(Range rows) const;
   /// Z [R, C] f32 after the last substitution.
   [[nodiscard]] at::Tensor take_solution();
@@ -48,6 +53,8 @@ class CorrectedRows {
   void for_each_strip(const Visit& visit);
 
   int64_t n_rows_, strip_rows_;
+  at::Tensor residual_rows_;
+  double residual_share_ = 0;  ///< ρ
   c10::Device device_;
   std::vector<at::Tensor> weights_, products_, solution_;  ///< of each strip [C, strip_rows] f32
 };
@@ -65,7 +72,7 @@ class CorrectedRows {
 [[nodiscard]] at::Tensor corrected(const at::Tensor& w, const at::Tensor& m, double strength);
 
 /// Asymmetric objective of Ŵ minus that of W, in f64: 0 for Ŵ = W, negative when Ŵ makes up for more than it
-/// adds. difference  Ŵ − W [R, C], 0 in dead columns; objective  ½ tr(ΔW H ΔWᵀ); products  W C [R, C].
+/// adds. difference  Ŵ − W [R, C], 0 in dead columns; objective  ½ tr(ΔW H ΔWᵀ); products  W C + ρP [R, C].
 [[nodiscard]] double asymmetric_objective(double objective, const at::Tensor& difference,
                                           const at::Tensor& products);
 

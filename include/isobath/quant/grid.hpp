@@ -36,7 +36,8 @@ struct GroupGrid {
 };
 [[nodiscard]] GroupGrid fit_grid(const at::Tensor& w, const at::Tensor& importance, const GridSpec& spec);
 
-/// What a loader computes: [R, C] in storage dtype, (code − zero)·scale in f32 rounded once.
+/// What a loader computes: [R, C] in storage dtype on the matrix's device, (code − zero)·scale in f32 rounded
+/// once.
 [[nodiscard]] at::Tensor dequantize(const QuantizedMatrix& matrix);
 
 /// w [R, C] rounded on fixed grids (scale, zero [R, G] as in QuantizedMatrix): what `dequantize` gives for

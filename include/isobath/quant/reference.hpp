@@ -13,10 +13,11 @@ namespace isobath::quant::reference {
 /// the grid of every group within the slab.
 [[nodiscard]] QuantizedMatrix refine(const QuantizedMatrix& start, const at::Tensor& target,
                                      const at::Tensor& h, int64_t sweeps, const std::vector<Range>& slabs);
-/// argmin_V ‖D^½ (X̃Wᵀ − XVᵀ)‖² + ridge·‖V − W‖² from the inputs [n, C] and token weights [n], f64 [R, C].
+/// argmin_V ‖D^½ (R + X̃Wᵀ − XVᵀ)‖² + ridge·‖V − W‖² from the inputs [n, C], token weights [n] and what the
+/// residual stream lacks [n, R], or undefined: 0; f64 [R, C].
 [[nodiscard]] at::Tensor least_squares_target(const at::Tensor& w, const at::Tensor& x_original,
                                               const at::Tensor& x, const at::Tensor& token_weights,
-                                              double ridge);
+                                              double ridge, const at::Tensor& residual = {});
 /// W plus, for each column i, what the columns behind it need to make up for w_i (x̃_i − x_i):
 /// w_i C_{i,>i} (H_{>i,>i})⁻¹. Literal, one inverse a column, f64 [R, C].
 [[nodiscard]] at::Tensor gptaq_target(const at::Tensor& w, const at::Tensor& c, const at::Tensor& h);

@@ -5,13 +5,14 @@
 namespace isobath::quant::reference {
 
 at::Tensor least_squares_target(const at::Tensor& w, const at::Tensor& x_original, const at::Tensor& x,
-                                const at::Tensor& token_weights, double ridge) {
+                                const at::Tensor& token_weights, double ridge, const at::Tensor& residual) {
   const at::Tensor root = token_weights.to(at::kDouble).sqrt().unsqueeze(1);
   const at::Tensor wide = w.to(at::kDouble), identity = at::eye(w.size(1), at::kDouble);
-  // ‖D^½ (X̃wᵀ − Xvᵀ)‖² + ridge·‖v − w‖² as one least-squares problem for v.
+  at::Tensor output = x_original.to(at::kDouble).mm(wide.t());
+  if (residual.defined()) output += residual.to(at::kDouble);
+  // ‖D^½ (R + X̃wᵀ − Xvᵀ)‖² + ridge·‖v − w‖² as one least-squares problem for v.
   const at::Tensor inputs = at::cat({root * x.to(at::kDouble), std::sqrt(ridge) * identity});
-  const at::Tensor wanted =
-      at::cat({root * x_original.to(at::kDouble).mm(wide.t()), std::sqrt(ridge) * wide.t()});
+  const at::Tensor wanted = at::cat({root * output, std::sqrt(ridge) * wide.t()});
   return std::get<0>(at::linalg_lstsq(inputs, wanted)).t();
 }
 

@@ -1,0 +1,39 @@
+#pragma once
+#include <filesystem>
+#include <isobath/model/weight_store.hpp>
+#include <isobath/pipeline/session.hpp>
+#include <isobath/report/events.hpp>
+
+namespace isobath::pipeline {
+
+struct TuneResult {
+  double wall_s = 0;
+  int64_t n_steps = 0;
+  /// KL of the original to the quantized model on the calibration tokens, nats per token: of the first epoch,
+  /// whose scales change on the way, and of the last.
+  double kl_first = 0, kl_last = 0;
+};
+
+/// Tunes the scales of a quantized checkpoint by the divergence of the original's predictions from its own,
+/// on the calibration tokens: `quantization.tuning.epochs` times through them, a step of Adam after every
+/// `steps`-th part, each a forward and a backward pass of the quantized model, pipelined (1F1B). Codes and
+/// zeros stay. The same bytes for any grid.
+///
+/// original   the session's weights. untuned: a checkpoint of this model, written by `quantize`. run: where
+///            model/ is written, as `quantize` would.
+///
+/// Memory   beside the original's weights: this stage's quantized weights in compute dtype, their codes (1
+/// byte a
+///          weight) and 19 bytes a scale, both on the device; on the last stage the original's last hidden
+///          states of the replica's sequences.
+/// Network  as measure; after each step the gradient of the stage's scales over the replicas, f32.
+/// Source   METHOD §4; Chen et al., EfficientQAT (2024), second phase; there with data labels.
+///
+/// Nothing of it is saved on the way: a resumed job starts the stage again. Collective over the session's
+/// world. Throws AgreedFailure: config with streamed weights, data for a checkpoint that is none;
+/// StopRequested; NumericError.
+TuneResult tune_scales(const Session& session, const CalibrationSet& calibration,
+                       const model::WeightStore& original, const std::filesystem::path& untuned,
+                       const std::filesystem::path& run, report::EventLog& events);
+
+}  // namespace isobath::pipeline

@@ -1,0 +1,49 @@
+#include <isobath/quant/scale_tuner.hpp>
+
+#include <ATen/ATen.h>
+
+#include <cmath>
+#include <isobath/core/error.hpp>
+
+namespace isobath::quant {
+namespace {
+
+constexpr double kDecayOfMean = 0.9, kDecayOfSquare = 0.95, kEpsilon = 1e-8;
+
+}  // namespace
+
+at::Tensor scale_gradient(const at::Tensor& weight_gradient, const QuantizedMatrix& matrix) {
+  const int64_t n_rows = matrix.codes.size(0), n_groups = matrix.scale.size(1);
+  ISOBATH_CHECK(weight_gradient.sizes() == matrix.codes.sizes(),
+                "a gradient of [{}, {}] for codes of [{}, {}]", weight_gradient.size(0),
+                weight_gradient.size(1), n_rows, matrix.codes.size(1));
+  const at::Tensor levels =
+      matrix.codes.to(at::kFloat).view({n_rows, n_groups, -1}) - matrix.zero.to(at::kFloat).unsqueeze(2);
+  return (weight_gradient.view({n_rows, n_groups, -1}) * levels).sum(2);
+}
+
+ScaleTuner::ScaleTuner(QuantizedMatrix matrix)
+    : matrix_(std::move(matrix)),
+      first_scale_(matrix_.scale.to(at::kFloat)),
+      logarithm_(at::zeros_like(first_scale_)),
+      mean_(at::zeros_like(first_scale_)),
+      mean_square_(at::zeros_like(first_scale_)) {}
+
+void ScaleTuner::step(const at::Tensor& gradient, double rate) {
+  ISOBATH_CHECK(gradient.sizes() == first_scale_.sizes(), "a gradient of {} scales for {}", gradient.numel(),
+                first_scale_.numel());
+  if (!std::isfinite(gradient.abs().sum(at::kDouble).item<double>()))
+    fail<NumericError>("the gradient of the scales is not finite");
+  // ∂L/∂t = s ∂L/∂s.
+  const at::Tensor of_logarithm = gradient * first_scale_ * logarithm_.exp();
+  mean_.mul_(kDecayOfMean).add_(of_logarithm, 1 - kDecayOfMean);
+  mean_square_.mul_(kDecayOfSquare).addcmul_(of_logarithm, of_logarithm, 1 - kDecayOfSquare);
+  ++n_steps_;
+  const auto n = static_cast<double>(n_steps_);
+  const at::Tensor direction = (mean_ / (1 - std::pow(kDecayOfMean, n))) /
+                               ((mean_square_ / (1 - std::pow(kDecayOfSquare, n))).sqrt_().add_(kEpsilon));
+  logarithm_.sub_(direction, rate);
+  matrix_.scale = (first_scale_ * logarithm_.exp()).to(matrix_.spec.storage);
+}
+
+}  // namespace isobath::quant
