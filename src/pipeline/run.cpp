@@ -255,7 +255,7 @@ void run(const config::RunConfig& given, const std::vector<Stage>& stages, bool 
 
   // W: each rank reads the weights of its own blocks, now or when they are needed.      sharded by stage
   const Timer loading;
-  const model::WeightStore weights = open_weights(session, session.source);
+  model::WeightStore weights = open_weights(session, session.source);
   prediction.record("load", loading.seconds(), events);
   Closing closing;
 
@@ -300,7 +300,9 @@ void run(const config::RunConfig& given, const std::vector<Stage>& stages, bool 
     return_free_memory();
     // The scales again, all at once, by the loss of the whole model                      model/, once more
     if (!is_whole(quantized)) {
-      closing.tuned = tune_scales(session, calibration, weights, untuned, directory.path(), events);
+      closing.tuned =
+          tune_scales(session, calibration, std::move(weights), untuned, directory.path(), events);
+      if (contains(stages, Stage::evaluate)) weights = open_weights(session, session.source);
       prediction.record("tune", closing.tuned->wall_s, events);
       return_free_memory();
     }

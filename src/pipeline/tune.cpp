@@ -40,7 +40,7 @@ quant::QuantizedMatrix moved(const quant::QuantizedMatrix& matrix, c10::Device d
 
 class TunePass {
  public:
-  TunePass(const Session& session, const CalibrationSet& calibration, const model::WeightStore& original,
+  TunePass(const Session& session, const CalibrationSet& calibration, model::WeightStore original,
            const fs::path& untuned, report::EventLog& events)
       : session_(session),
         calibration_(calibration),
@@ -48,7 +48,7 @@ class TunePass {
         n_shards_(calibration.shards.n_shards()),
         n_parts_(std::min(tuning_.steps, n_shards_)),
         events_(events),
-        outputs_(forward_original(session, calibration, original)),
+        outputs_(outputs_of(session, calibration, std::move(original))),
         weights_(open_version(session, untuned)) {
     session.world().agree_on([&] { read_matrices(untuned); });
   }
@@ -105,6 +105,12 @@ class TunePass {
   }
 
  private:
+  /// The original's weights go before the quantized ones come.
+  static std::map<int64_t, at::Tensor> outputs_of(const Session& session, const CalibrationSet& calibration,
+                                                  model::WeightStore original) {
+    return forward_original(session, calibration, original);
+  }
+
   void read_matrices(const fs::path& untuned) {
     const formats::compressed_tensors::SchemeTable schemes(untuned);
     const io::ShardedReader tensors(untuned);
@@ -168,12 +174,11 @@ class TunePass {
 
 }  // namespace
 
-TuneResult tune_scales(const Session& session, const CalibrationSet& calibration,
-                       const model::WeightStore& original, const fs::path& untuned, const fs::path& run,
-                       report::EventLog& events) {
+TuneResult tune_scales(const Session& session, const CalibrationSet& calibration, model::WeightStore original,
+                       const fs::path& untuned, const fs::path& run, report::EventLog& events) {
   const at::NoGradGuard no_grad;
   const Timer timer;
-  TunePass pass(session, calibration, original, untuned, events);
+  TunePass pass(session, calibration, std::move(original), untuned, events);
   TuneResult result = pass.run();
   pass.write(run);
   result.wall_s = timer.seconds();

@@ -308,13 +308,12 @@ RankMemory tune_memory(const Job& job, int stage) {
   const double n_blocks = static_cast<double>(job.layout.blocks[static_cast<size_t>(stage)].size());
   const double weights = n_blocks * job.shapes.block_linears,
                scales = weights / std::max<double>(1, static_cast<double>(job.config.quantization.group));
-  memory.items.push_back({"quantized weights", weight_bytes(job, stage)});
   // Codes; of a scale its value, where it started, its logarithm and the two means of its gradient.
   const double stored = static_cast<double>(c10::elementSize(job.model.dtype));
   memory.items.push_back({"codes and scales", weights + (stored + 1 + 16) * scales});
-  // Sums of each level of the tree; of one linear ∂L/∂W, the levels of its codes and their products.
+  // Sums of each level of the tree; ∂L/∂W of one linear.
   memory.items.push_back({"gradients", (4 * scales) * (1 + tree_levels(job.layout.shards_per_replica)) +
-                                           16 * largest_module(job)});
+                                           4 * largest_module(job)});
   if (stage + 1 == job.layout.stages)
     memory.items.push_back({"outputs of the original", replica_states(job)});
   return memory;

@@ -225,7 +225,9 @@ StageTime tune_time(const Job& job) {
         2 * epochs * steps * message_s(job.cluster, Buffers::host, replicas_cross_nodes(job), scale_bytes);
   double quantized = job.stored_end_bytes();
   for (int64_t block = 0; block < job.model.n_blocks; ++block) quantized += job.quantized_block_bytes(block);
-  time.disk_s = read_s(job.cluster, 2 * quantized * layout.replicas, job.nodes()) +
+  // The quantized model, and the original again.
+  const double original = job.stored_block_bytes() * job.shapes.n_blocks + job.stored_end_bytes();
+  time.disk_s = read_s(job.cluster, (2 * quantized + original) * layout.replicas, job.nodes()) +
                 write_s(job.cluster, quantized, job.nodes());
   return time;
 }

@@ -17,9 +17,19 @@ at::Tensor scale_gradient(const at::Tensor& weight_gradient, const QuantizedMatr
   ISOBATH_CHECK(weight_gradient.sizes() == matrix.codes.sizes(),
                 "a gradient of [{}, {}] for codes of [{}, {}]", weight_gradient.size(0),
                 weight_gradient.size(1), n_rows, matrix.codes.size(1));
-  const at::Tensor levels =
-      matrix.codes.to(at::kFloat).view({n_rows, n_groups, -1}) - matrix.zero.to(at::kFloat).unsqueeze(2);
-  return (weight_gradient.view({n_rows, n_groups, -1}) * levels).sum(2);
+  at::Tensor sums = at::empty({n_rows, n_groups}, weight_gradient.options());
+  // Some rows at a time: levels and products stay small, whatever the matrix.
+  constexpr int64_t kRows = 1024;
+  for (int64_t begin = 0; begin < n_rows; begin += kRows) {
+    const auto rows = [&](const at::Tensor& whole) {
+      return whole.slice(0, begin, std::min(begin + kRows, n_rows));
+    };
+    const auto by_group = [&](const at::Tensor& whole) { return rows(whole).unflatten(1, {n_groups, -1}); };
+    const at::Tensor levels =
+        by_group(matrix.codes).to(at::kFloat) - rows(matrix.zero).to(at::kFloat).unsqueeze(2);
+    rows(sums).copy_((by_group(weight_gradient) * levels).sum(2));
+  }
+  return sums;
 }
 
 ScaleTuner::ScaleTuner(QuantizedMatrix matrix)

@@ -19,21 +19,19 @@ struct TuneResult {
 /// `steps`-th part, each a forward and a backward pass of the quantized model, pipelined (1F1B). Codes and
 /// zeros stay. The same bytes for any grid.
 ///
-/// original   the session's weights. untuned: a checkpoint of this model, written by `quantize`. run: where
-///            model/ is written, as `quantize` would.
+/// original   the session's weights, which are let go once the original's predictions are there. untuned: a
+///            checkpoint of this model, written by `quantize`. run: where model/ is written.
 ///
-/// Memory   beside the original's weights: this stage's quantized weights in compute dtype, their codes (1
-/// byte a
-///          weight) and 19 bytes a scale, both on the device; on the last stage the original's last hidden
-///          states of the replica's sequences.
+/// Memory   as measure, of the quantized weights; their codes (1 byte a weight) and 19 bytes a scale, on the
+///          device; on the last stage the original's last hidden states of the replica's sequences.
 /// Network  as measure; after each step the gradient of the stage's scales over the replicas, f32.
 /// Source   METHOD §4; Chen et al., EfficientQAT (2024), second phase; there with data labels.
 ///
 /// Nothing of it is saved on the way: a resumed job starts the stage again. Collective over the session's
 /// world. Throws AgreedFailure: config with streamed weights, data for a checkpoint that is none;
 /// StopRequested; NumericError.
-TuneResult tune_scales(const Session& session, const CalibrationSet& calibration,
-                       const model::WeightStore& original, const std::filesystem::path& untuned,
-                       const std::filesystem::path& run, report::EventLog& events);
+TuneResult tune_scales(const Session& session, const CalibrationSet& calibration, model::WeightStore original,
+                       const std::filesystem::path& untuned, const std::filesystem::path& run,
+                       report::EventLog& events);
 
 }  // namespace isobath::pipeline
