@@ -78,13 +78,13 @@ void WeightStore::prefetch(int64_t block) const {
   });
 }
 
-void WeightStore::replace(int64_t block, Projection projection, at::Tensor weight) {
+void WeightStore::replace(int64_t block, Projection projection, const at::Tensor& weight) {
   const auto found = state_->blocks.find(block);
   ISOBATH_CHECK(!state_->is_streamed && found != state_->blocks.end(), "block {} is not resident", block);
   at::Tensor& held = found->second[projection].weight;
   ISOBATH_CHECK(held.sizes() == weight.sizes() && held.scalar_type() == weight.scalar_type(),
                 "a weight of block {} has another shape or dtype", block);
-  held = std::move(weight);
+  held.copy_(weight);  // in its place: new tensors would scatter over the memory that passes leave
 }
 
 at::Tensor WeightStore::embedding() const {

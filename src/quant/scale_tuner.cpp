@@ -32,9 +32,9 @@ at::Tensor scale_gradient(const at::Tensor& weight_gradient, const QuantizedMatr
   return sums;
 }
 
-ScaleTuner::ScaleTuner(QuantizedMatrix matrix)
-    : matrix_(std::move(matrix)),
-      first_scale_(matrix_.scale.to(at::kFloat)),
+ScaleTuner::ScaleTuner(const QuantizedMatrix& matrix)
+    : matrix_{matrix.spec, matrix.codes, matrix.scale.clone(), matrix.zero},
+      first_scale_(matrix_.scale.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true)),
       logarithm_(at::zeros_like(first_scale_)),
       mean_(at::zeros_like(first_scale_)),
       mean_square_(at::zeros_like(first_scale_)) {}
@@ -53,7 +53,7 @@ void ScaleTuner::step(const at::Tensor& gradient, double rate) {
   const at::Tensor direction = (mean_ / (1 - std::pow(kDecayOfMean, n))) /
                                ((mean_square_ / (1 - std::pow(kDecayOfSquare, n))).sqrt_().add_(kEpsilon));
   logarithm_.sub_(direction, rate);
-  matrix_.scale = (first_scale_ * logarithm_.exp()).to(matrix_.spec.storage);
+  matrix_.scale.copy_(first_scale_ * logarithm_.exp());
 }
 
 }  // namespace isobath::quant

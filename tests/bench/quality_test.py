@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
 """bench/quality: what runs share, and when a configuration counts as better than the default."""
+import argparse
+import contextlib
+import io
 import sys
 import tempfile
 import unittest
@@ -9,6 +12,7 @@ QUALITY = Path(__file__).resolve().parents[2] / "bench" / "quality"
 sys.path.insert(0, str(QUALITY))
 
 import matrix  # noqa: E402
+import run  # noqa: E402
 import table  # noqa: E402
 
 METRICS = {key: 1.0 for key, _, _ in table.COLUMNS}
@@ -81,6 +85,33 @@ class Matrix(unittest.TestCase):
 
     def test_unknown_key_is_refused(self):
         self.refused("{sett: {}}", "unknown sett")
+
+
+class Jobs(unittest.TestCase):
+    """Runs made at once: every one is made and judged alone, and one that fails stops no other."""
+
+    class Stub(run.Bench):
+        def make(self, one, directory):
+            if one.configuration == "fisher":
+                raise run.Failed("as asked for")
+            return {"seconds": 1.0, "bits_per_weight": 3.0}
+
+        def judge(self, made):
+            assert len(made) == 1, made
+            with self.changing:
+                self.record(made, [{**METRICS, "perplexity_original": 1.0}])
+
+    def test_all_but_the_failed_one_are_recorded(self):
+        found = matrix.read(QUALITY / "defaults.yaml", "quick")
+        wanted = [one for one in found.runs if one.model == "small" and one.grid == "3-bit" and one.seed == 0][:12]
+        with tempfile.TemporaryDirectory() as folder:
+            options = argparse.Namespace(output=Path(folder), setting="quick", max_minutes=1, jobs=4, keep=False,
+                                         matrix=QUALITY / "defaults.yaml")
+            bench = self.Stub(options, found)
+            failing = [one for one in found.runs if one.name == "small/3-bit/seed-0/fisher"]
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                self.assertEqual(bench.run_all(wanted + failing), 1)
+            self.assertEqual(set(self.Stub(options, found).state["results"]), {one.name for one in wanted})
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ for variant, (dtype, d_ff, settings, layouts) in VARIANTS.items():
                 if settings is DRIFTING:
                     assert {record["refreshed"] for record in decisions} == {True, False}, decisions
                     assert "D measured again before" in job.stdout, job.stdout
+                if settings is TUNED:
+                    assert "scales tuned in 6 steps" in job.stdout, job.stdout
             else:
                 assert_same_bytes(expected, digests, f"{variant}, {stages} stages x {replicas} replicas, {residency}")
                 assert decisions == expected_decisions, f"{decisions}, not {expected_decisions}"

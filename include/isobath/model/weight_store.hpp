@@ -43,7 +43,7 @@ class WeightStore {
   void prefetch(int64_t block) const;
 
   /// Resident: another weight [d_out, d_in] for a linear of the share, in compute dtype on the device.
-  void replace(int64_t block, Projection projection, at::Tensor weight);
+  void replace(int64_t block, Projection projection, const at::Tensor& weight);
 
   [[nodiscard]] at::Tensor embedding() const;  ///< [vocab, d_model]
   [[nodiscard]] HeadWeights head() const;

@@ -17,11 +17,11 @@ namespace isobath::quant {
 ///
 /// Memory   12 bytes a scale beside the matrix.
 /// Source   Kingma & Ba, Adam (2015), with β₁ = 0.9, β₂ = 0.95, ε = 10⁻⁸; scales tuned by the loss of the
-/// whole
-///          model: Chen et al., EfficientQAT (2024), second phase.
+///          whole model: Chen et al., EfficientQAT (2024), second phase.
 class ScaleTuner {
  public:
-  explicit ScaleTuner(QuantizedMatrix matrix);
+  /// Keeps the codes and zeros, and a copy of the scales.
+  explicit ScaleTuner(const QuantizedMatrix& matrix);
 
   /// One step of `rate` against ∂L/∂s [R, G] f32, on the same device. Throws NumericError when it is not
   /// finite.
