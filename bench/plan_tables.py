@@ -41,7 +41,7 @@ def gib(size):
 
 
 def tuning(isobath, model, cluster, settings):
-    """Time, and the largest device where it is larger then."""
+    """Time of three epochs, and the largest device of a run with them."""
     try:
         found = plan(isobath, model, cluster, (*settings, "quantization.tuning.epochs=3"))
     except subprocess.CalledProcessError:
@@ -54,7 +54,8 @@ def main():
     parser.add_argument("isobath", type=lambda text: str(pathlib.Path(text).absolute()))
     isobath = parser.parse_args().isobath
     columns = ["model", "nodes (ranks)", "grid", "load", "measure", "quantize, D measured once", "D again every 8 blocks",
-               "D again every block", "scales tuned, 3 epochs", "evaluate", "largest device", "largest node"]
+               "D again every block", "scales tuned, 3 epochs: time, largest device", "evaluate", "largest device without",
+               "largest node"]
     print("| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|")
     plain = []
     for kind, settings in (("", ()), (", plain", PLAIN)):
@@ -66,7 +67,8 @@ def main():
             print(f"| {name}{kind} | {found['nodes']} ({found['ranks']}) | {found['stages']} × {found['replicas']} | "
                   f"{duration(found['load']['seconds'])} | {duration(found['measure']['seconds'])} | " +
                   " | ".join(duration(quantize[policy]) for policy in sorted(quantize, key=quantize.get)) +
-                  f" | {tuning(isobath, model, cluster, settings)} | {duration(found['evaluate']['seconds'])} | {gib(found['device_bytes'])} | {gib(found['node_bytes'])} |")
+                  f" | {tuning(isobath, model, cluster, settings)} | {duration(found['evaluate']['seconds'])} | "
+                  f"{gib(found['device_bytes'])} | {gib(found['node_bytes'])} |")
     print("\n| step of quantize (never again), plain | " + " | ".join(f"{name}, {found['ranks']} ranks" for name, found in plain) +
           " |\n" + "| --- " * (1 + len(plain)) + "|")
     steps = [found["quantize"][0] for _, found in plain]
