@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <isobath/comm/tree_sum.hpp>
+#include <isobath/plan/job.hpp>
 
 namespace isobath::pipeline {
 namespace {
@@ -20,11 +21,6 @@ double sum_of_squares(const at::Tensor& values) {
 
 }  // namespace
 
-int64_t n_residual_channels(const Session& session, model::Projection projection) {
-  const bool is_added = projection == model::Projection::o || projection == model::Projection::down;
-  return is_added && session.config.quantization.corrects_residual() ? session.model().d_model : 0;
-}
-
 HiddenStreams::HiddenStreams(const Session& session, const CalibrationSet& calibration, bool with_original)
     : session_(session), calibration_(calibration), quantized_(session, calibration, "quantized") {
   if (with_original) original_.emplace(session, calibration, "original");
@@ -38,12 +34,14 @@ void HiddenStreams::embed(const at::Tensor& embedding, const at::Tensor& tokens)
 }
 
 ForEachInput HiddenStreams::inputs(int set, const model::BlockWeights& weights) const {
-  return [this, set, &weights](const VisitInput& visit) {
+  const int64_t n_residual =
+      plan::residual_channels(session_.config.quantization, session_.model(), model::input_set(set).front());
+  return [this, set, n_residual, &weights](const VisitInput& visit) {
     for (const data::Microbatch& microbatch : microbatches()) {
       const int64_t index = microbatch.index;
       Original original;
       if (original_) original.input = original_->input(set, original_weights_, index);
-      if (n_residual_channels(session_, model::input_set(set).front()) > 0)
+      if (n_residual > 0)
         original.residual = original_->hidden(index).to(at::kFloat) - quantized_.hidden(index);
       visit(microbatch, quantized_.input(set, weights, index), original);
     }

@@ -4,7 +4,6 @@
 
 #include <isobath/comm/tree_sum.hpp>
 #include <isobath/core/trace.hpp>
-#include <isobath/pipeline/hidden_streams.hpp>
 #include <isobath/plan/job.hpp>
 #include <isobath/quant/correction.hpp>
 #include <isobath/sensitivity/covariance.hpp>
@@ -83,7 +82,8 @@ std::vector<SolverUnit> make_units(const Session& session, const std::vector<Sol
         .columns = quant::column_panels(n_channels, quant::kPanel),
         .first_owner = units[u].root,
         .n_ranks = session.world().size(),
-        .n_residual = n_residual_channels(session, tasks.front().projection),
+        .n_residual =
+            plan::residual_channels(session.config.quantization, session.model(), tasks.front().projection),
         .is_spread = n_channels > quant::kWholeColumns && !plan::needs_whole(session.config.quantization)};
   }
   return units;

@@ -10,10 +10,6 @@
 
 namespace isobath::pipeline {
 
-/// Rows of P for this linear: d_model for one that is added to the residual stream when the configuration
-/// asks for that correction, else 0.
-[[nodiscard]] int64_t n_residual_channels(const Session& session, model::Projection projection);
-
 /// This rank's share of the calibration sequences on their way through the model: behind the quantized
 /// prefix, and, when an asymmetric correction asks for it, beside it through the original model. Both stop
 /// before the same input sets.

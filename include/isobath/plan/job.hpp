@@ -35,6 +35,15 @@ struct Layout {
          (quantization.asymmetric.correction == "gptaq" || quantization.act_order != "none");
 }
 
+/// Rows of P below C (quant/correction.hpp) for this linear: d_model for one that is added to the residual
+/// stream when the configuration asks for that correction, else 0.
+[[nodiscard]] inline int64_t residual_channels(const config::Quantization& quantization,
+                                               const model::ModelConfig& model,
+                                               model::Projection projection) {
+  const bool is_added = projection == model::Projection::o || projection == model::Projection::down;
+  return is_added && quantization.corrects_residual() ? model.d_model : 0;
+}
+
 /// A run on a cluster: what memory and time are functions of. References outlive it.
 struct Job {
   const config::RunConfig& config;
@@ -81,10 +90,10 @@ struct Job {
   }
   /// Whether scales are tuned behind the quantize pass.
   [[nodiscard]] bool tunes() const { return config.quantization.tuning.epochs > 0; }
-  /// Rows of C that hold the residual stream's deviation, for an input set (pipeline/hidden_streams.hpp).
+  /// Rows of P below C for an input set.
   [[nodiscard]] double residual_channels(int set) const {
-    const bool is_added = set % 2 == 1;  // o and down
-    return is_added && config.quantization.corrects_residual() ? static_cast<double>(model.d_model) : 0;
+    return static_cast<double>(
+        plan::residual_channels(config.quantization, model, model::input_set(set).front()));
   }
   /// Whether resident weights of the next block come from another stage while one is in work.
   [[nodiscard]] bool shares_next_block() const { return !is_streamed() && layout.stages > 1; }
