@@ -1,11 +1,12 @@
 #include <malloc.h>
 
 #include <isobath/cli/guarded_main.hpp>
+#include <isobath/core/tensor_memory.hpp>
 
 int main(int argc, char** argv) {
-  // Activations, and the logits of a chunk of tokens most of all, come and go by the megabyte: without this
-  // each one is mapped, zeroed page by page and unmapped again. C libraries before glibc 2.35 take 32 MiB at
-  // most.
+  isobath::map_tensors();
+  // What libraries work in comes and goes by the megabyte too: without this each piece is mapped, zeroed page
+  // by page and unmapped again. C libraries before glibc 2.35 take 32 MiB at most.
   if (mallopt(M_MMAP_THRESHOLD, 256 << 20) == 0) {
     mallopt(M_MMAP_THRESHOLD, 32 << 20);
   }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <fstream>
 #include <isobath/core/host_memory.hpp>
+#include <isobath/core/tensor_memory.hpp>
 #include <limits>
 #include <string>
 
@@ -60,6 +61,7 @@ int64_t host_memory_bytes() {
 }
 
 void return_free_memory() {
+  unmap_kept_tensors();
 #if defined(__GLIBC__)
   malloc_trim(0);
 #endif

@@ -2,6 +2,7 @@
 #include "elementwise_rows.hpp"
 #include "lanes.hpp"
 #include "logits_rows.hpp"
+#include "squares_rows.hpp"
 
 /// The row functions over Lanes<Value>. Included only by avx2/rows.cpp and avx512/rows.cpp, after their
 /// `#pragma GCC target` and Lanes.
@@ -9,14 +10,20 @@ namespace isobath::kernels {
 
 inline constexpr float kLog2OfE = 1.44269504F;
 
+/// Σ x² in each lane.
 template <class V, class Value>
-ISOBATH_INLINE float inverse_rms(const Value* x, int64_t d, float eps) {
+ISOBATH_INLINE typename V::Vector squares_of(const Value* x, int64_t n) {
   auto squares = V::set(0);
-  for_lanes<V>(d, [&](int64_t j, auto lanes) {
+  for_lanes<V>(n, [&](int64_t j, auto lanes) {
     const auto value = V::load(x + j, lanes);
     squares = V::fma(value, value, squares);
   });
-  return 1.0F / __builtin_sqrtf(V::sum(squares) / static_cast<float>(d) + eps);
+  return squares;
+}
+
+template <class V, class Value>
+ISOBATH_INLINE float inverse_rms(const Value* x, int64_t d, float eps) {
+  return 1.0F / __builtin_sqrtf(V::sum(squares_of<V>(x, d)) / static_cast<float>(d) + eps);
 }
 
 template <class V>
@@ -76,6 +83,40 @@ void ElementwiseRows<Value>::gated_backward(const Value* gate, const Value* up, 
     // silu'(g) = s (1 + g (1 − s))
     const auto slope = s * V::fma(g, one - s, one);
     V::store(gate_gradient + j, lanes, d * V::load(up + j, lanes) * slope);
+  });
+}
+
+template <class Value>
+float SquaresRows<Value>::sum(const Value* x, int64_t n) {
+  using V = Lanes<Value>;
+  return V::sum(squares_of<V>(x, n));
+}
+
+template <class Value>
+void SquaresRows<Value>::channels(const Value* x, int64_t stride, const float* weights, int64_t n_rows,
+                                  int64_t n, double* plain, double* weighted, float* largest) {
+  using V = Lanes<Value>;
+  // Down a vector of channels at a time: its sums stay in registers.
+  for_lanes<V>(n, [&](int64_t j, auto lanes) {
+    auto sum = V::set(0), weighted_sum = V::set(0), peak = V::set(0);
+    for (int64_t i = 0; i < n_rows; ++i) {
+      const auto value = V::load(x + i * stride + j, lanes);
+      const auto square = value * value, opposite = V::set(0) - value;
+      const auto magnitude = V::select(V::is_greater(value, opposite), value, opposite);
+      sum += square;
+      weighted_sum = V::fma(V::set(weights[i]), square, weighted_sum);
+      peak = V::select(V::is_greater(magnitude, peak), magnitude, peak);
+    }
+    float of_sum[V::kCount], of_weighted[V::kCount], of_peak[V::kCount];
+    __builtin_memcpy(of_sum, &sum, sizeof(of_sum));
+    __builtin_memcpy(of_weighted, &weighted_sum, sizeof(of_weighted));
+    __builtin_memcpy(of_peak, &peak, sizeof(of_peak));
+    const int64_t end = n - j < V::kCount ? n - j : V::kCount;
+    for (int64_t lane = 0; lane < end; ++lane) {
+      plain[j + lane] += of_sum[lane];
+      weighted[j + lane] += of_weighted[lane];
+      if (of_peak[lane] > largest[j + lane]) largest[j + lane] = of_peak[lane];
+    }
   });
 }
 

@@ -96,16 +96,17 @@ at::Tensor draw_labels(const at::Tensor& probabilities, const Chunk& chunk, cons
       .clamp_max_(cumulative.size(1) - 1);
 }
 
-/// ∂L/∂output of the final norm: (p − onehot(label)) · lm_head, the first factor cast to the compute dtype;
-/// zero for the rows that predict nothing. at_label [n_predicted] f32: p(label) − 1.
-at::Tensor output_gradient(const at::Tensor& probabilities, const at::Tensor& labels,
-                           const at::Tensor& at_label, const Chunk& chunk, const at::Tensor& lm_head) {
-  at::Tensor difference = probabilities.to(lm_head.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
+/// ∂L/∂output of the final norm: (p − onehot(label)) · lm_head, the first factor in the compute dtype; zero
+/// for the rows that predict nothing. p becomes that factor in its place. at_label [n_predicted] f32:
+/// p(label) − 1.
+at::Tensor output_gradient(at::Tensor p, const at::Tensor& labels, const at::Tensor& at_label,
+                           const Chunk& chunk, const at::Tensor& lm_head) {
   // The cast of p first would leave few digits of 1 − p where the model is sure.
-  difference.narrow(0, 0, chunk.n_predicted)
-      .scatter_(1, labels.unsqueeze(1), at_label.unsqueeze(1).to(difference.scalar_type()));
-  difference.narrow(0, chunk.n_predicted, chunk.n_tokens - chunk.n_predicted).zero_();
-  return kernels::linear_backward(difference, lm_head);
+  // Not scatter_, which copies a short type to f32 and back.
+  const at::Tensor rows = at::arange(chunk.n_predicted, labels.options());
+  p.index_put_({rows, labels}, at_label.to(p.scalar_type()));
+  p.narrow(0, chunk.n_predicted, chunk.n_tokens - chunk.n_predicted).zero_();
+  return kernels::linear_backward(p, lm_head);
 }
 
 /// ∂KL/∂output of the final norm: (p − p̃) · lm_head, p̃ of the original model. The difference is taken in f32:
@@ -182,7 +183,10 @@ LossResult loss_and_gradient(const ModelConfig& config, const HeadWeights& head,
       const at::Tensor logit =
           logits.narrow(0, 0, chunk.n_predicted).gather(1, drawn.unsqueeze(1)).squeeze(1).to(at::kFloat);
       const at::Tensor at_label = at::expm1(logit - data.log_sums.narrow(0, 0, chunk.n_predicted));
-      store(sample, output_gradient(data.probabilities, drawn, at_label, chunk, head.lm_head));
+      // The last draw is the last use of the probabilities.
+      at::Tensor p = data.probabilities.to(head.lm_head.scalar_type(), /*non_blocking=*/false,
+                                           /*copy=*/sample + 1 < loss.n_samples);
+      store(sample, output_gradient(std::move(p), drawn, at_label, chunk, head.lm_head));
     }
   }
   return result;

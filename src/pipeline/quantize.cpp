@@ -7,7 +7,6 @@
 #include <isobath/comm/device_communicator.hpp>
 #include <isobath/comm/watchdog.hpp>
 #include <isobath/core/digest.hpp>
-#include <isobath/core/host_memory.hpp>
 #include <isobath/core/log.hpp>
 #include <isobath/core/stop_signal.hpp>
 #include <isobath/core/timer.hpp>
@@ -184,8 +183,6 @@ class QuantizePass {
     const trace::Span span("quantize block", block);
     const at::NoGradGuard no_grad;
     const Timer timer;
-    // What a block leaves free between states that stay does not fit what the next one needs.
-    return_free_memory();
     model::BlockWeights weights = share_block(block);
     std::array<at::Tensor, model::kProjections> token_weights;
     BlockRowGroups row_groups;

@@ -4,6 +4,7 @@
 
 #include <isobath/comm/tree_sum.hpp>
 #include <isobath/core/trace.hpp>
+#include <isobath/kernels/squares.hpp>
 #include <isobath/plan/job.hpp>
 #include <isobath/quant/correction.hpp>
 #include <isobath/sensitivity/covariance.hpp>
@@ -102,13 +103,13 @@ void shrink_weights(const Session& session, const CalibrationSet& calibration, s
   for_each_shard(
       for_each_input,
       [&](const data::Microbatch& microbatch, const at::Tensor& x, const Original&) {
-        const at::Tensor squares = x.flatten(0, 1).to(at::kFloat).square().sum(1, false, at::kDouble).cpu();
+        const at::Tensor squares = kernels::row_squares(x.flatten(0, 1)).cpu();
         for (int64_t u = 0; u <= n_units; ++u) {
           const at::Tensor weights =
               weights_of(u < n_units ? units[static_cast<size_t>(u)] : equal, calibration, microbatch);
           // 0·inf is NaN: padding may hold anything.
           traces[u] +=
-              weights.defined() ? at::where(weights > 0, squares * weights, 0.0).sum() : squares.sum();
+              (weights.defined() ? at::where(weights > 0, squares * weights, 0.0) : squares).sum(at::kDouble);
         }
       },
       [&](int64_t shard) {

@@ -96,7 +96,7 @@ int64_t Job::units_of_root(int set) const {
   return (units_of(set) + layout.n_ranks() - 1) / layout.n_ranks();
 }
 
-double Job::quantized_block_bytes(int64_t block) const {
+double Job::quantized_block_bytes(int64_t block, int bits) const {
   double bytes = 2 * shapes.d * static_cast<double>(c10::elementSize(model.dtype));
   for (int p = 0; p < model::kProjections; ++p) {
     const auto projection = static_cast<model::Projection>(p);
@@ -107,7 +107,7 @@ double Job::quantized_block_bytes(int64_t block) const {
     const int64_t group = choice.group > 0 && shape.columns % choice.group == 0 ? choice.group : 0;
     bytes +=
         n_weights / 8 *
-        (choice.quantized ? quant::bits_per_weight(shape.columns, {.bits = choice.bits,
+        (choice.quantized ? quant::bits_per_weight(shape.columns, {.bits = bits > 0 ? bits : choice.bits,
                                                                    .group = group,
                                                                    .symmetric = config.quantization.symmetric,
                                                                    .storage = model.dtype})

@@ -53,20 +53,20 @@ double backward_bytes(const Job& job, double n_tokens) {
   const double attention =
       n_tokens * e * (s.has_kernels ? 2 * s.d_query + 4 * s.d_key : 6 * s.d_query + 8 * s.d_key) +
       (s.has_kernels ? job.length() * 8 * s.d_query : 0);
-  const double statistics = 8 * s.f + 4 * s.d;  // of one sequence: x to f32, squared; G to f32
+  const double statistics = s.has_kernels ? 0 : 8 * s.f;  // of one sequence: x to f32, squared
   return n_tokens * (states + 2 * e * s.f) + std::max(n_tokens * gate, attention) + job.length() * statistics;
 }
 
-/// Logits of one chunk of the loss, probabilities, p − y; by ATen in f32 with two temporaries. With labels
-/// drawn also f32 probabilities and their f64 sums. kl: logits of both models, and probabilities of both and
-/// their difference in f32; by ATen their comparison takes more, in f32 with log-probabilities and
-/// temporaries.
+/// Logits of one chunk of the loss and probabilities, in whose place p − y is made; by ATen in f32 with two
+/// temporaries. With labels drawn also f32 probabilities and their f64 sums. kl: logits of both models, and
+/// probabilities of both and their difference in f32; by ATen their comparison takes more, in f32 with
+/// log-probabilities and temporaries.
 double loss_bytes(const Job& job, const std::string& loss) {
   const double e = job.shapes.element_bytes;
   const bool has_kernels = job.shapes.has_kernels;
   const double each = loss == "fisher" ? 2 * e + 24
                       : loss == "kl"   ? (has_kernels ? 3 * e + 12 : 2 * e + 28)
-                                       : 3 * e + (has_kernels ? 0 : 12);
+                                       : 2 * e + (has_kernels ? 0 : 12);
   return kLossChunk * job.shapes.vocabulary * each;
 }
 

@@ -112,6 +112,12 @@ StageTime measure_time(const Job& job, int64_t first_block) {
           most_graded, seconds_of(job, static_cast<double>(blocks.size()) *
                                            score_grids(job.shapes, job.config, job.cluster.host.threads)));
   time.compute_s += most_graded;
+  // Checkpoints whose widths are scored, before that.
+  double scored = 0;
+  if (first_block == 0 && !sensitivity.gram_checkpoints.empty())
+    for (const int bits : sensitivity.gram_bits)
+      for (int64_t block = 0; block < job.model.n_blocks; ++block)
+        scored += job.quantized_block_bytes(block, bits);
   if (job.is_streamed()) {
     // One stage works at a time. Each block is read forward and backward while the one before computes.
     time.idle_s = n * (sum - compute);
@@ -119,6 +125,7 @@ StageTime measure_time(const Job& job, int64_t first_block) {
         job, n_passes * 2 * (job.shapes.n_blocks - static_cast<double>(first_block)), layout.replicas);
     time.disk_s = std::max(0.0, reading - n * sum);
   }
+  time.disk_s += read_s(job.cluster, scored * layout.replicas, job.nodes());
 
   // D of each block to replica 0 of its stage, block after block, and to disk; read back once to be sure.
   double most_blocks = 0;

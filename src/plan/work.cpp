@@ -217,9 +217,10 @@ Work backward_block(const Shapes& s, double n_tokens, double length, const confi
   Work recorded;
   for (int p = 0; p < model::kProjections; ++p) {
     const Linear w = linear_of(*s.model, p);
-    // ChannelStatistics::observe: x to f32 and squared e+12, Σ 4, max 4; ‖G‖² e; token_weights: G once more.
-    double bytes = (e + 20) * w.columns + 2 * e * w.rows;
-    double flops = 4 * w.columns;
+    // ChannelStatistics::observe: by the kernel one pass over x; by ATen to f32 and squared e+12, Σ 4, max 4.
+    // ‖G‖² e; token_weights: G once more.
+    double bytes = (s.has_kernels ? e : e + 20) * w.columns + 2 * e * w.rows;
+    double flops = s.has_kernels ? 0 : 4 * w.columns;
     if (sensitivity.per_sequence != "off") {
       bytes += (e + 8) * (w.columns + w.rows);  // f32 copies of x and G, read by the products
       flops += sensitivity.per_sequence == "exact"
@@ -243,10 +244,10 @@ Work head_loss(const Shapes& s, double n_tokens, const config::Sensitivity& sens
   const auto samples = static_cast<double>(sensitivity.samples);
   // Logits e. nll by the kernel: read twice, probabilities written; by ATen: to f32 e+4, logsumexp 24,
   // difference 8, exp 8, back 4+e. Fisher: to f32 e+4, the same in f32 40, cumulative f64 12. A sample: p − y
-  // as a copy, read by the product.
+  // in the place of p, or as a copy in its dtype, read by the product.
   const bool draws = sensitivity.loss == "fisher";
   const double loss = draws ? e + 56 : s.has_kernels ? 3 * e : 2 * e + 48;
-  const double sample = draws ? 4 + 2 * e : 3 * e;
+  const double sample = draws ? 4 + 2 * e : e;
   return {.gemm_flops = (1 + samples) * 2 * logits * s.d,
           .traffic_bytes = logits * (e + loss + samples * sample) +
                            n_tokens * s.d * (s.passes.norm + samples * s.passes.norm_backward)};

@@ -3,6 +3,7 @@
 #include <c10/core/GradMode.h>
 #include <isobath/core/error.hpp>
 #include <isobath/core/random.hpp>
+#include <isobath/kernels/squares.hpp>
 #include <isobath/sensitivity/channel_statistics.hpp>
 
 #include "probe_signs.hpp"
@@ -57,24 +58,20 @@ void ChannelStatistics::observe(const at::Tensor& x, const at::Tensor& gradient,
   const int64_t length = x.size(1);
   for (int64_t b = 0; b < x.size(0); ++b) {
     const int64_t sequence = first_sequence + b;
-    at::Tensor squares = x[b].to(at::kFloat).square();
-    at::Tensor norms = at::linalg_vector_norm(gradient[b], 2, {1}, false, at::kFloat).square();
-    at::Tensor padding;
+    at::Tensor inputs = x[b], norms = kernels::row_squares(gradient[b]), padding;
     if (mask.defined() && !mask[b].all().item<bool>()) padding = mask[b].logical_not().to(x.device());
     if (padding.defined()) {
-      squares.masked_fill_(padding.unsqueeze(1), 0.0);
+      inputs = inputs.masked_fill(padding.unsqueeze(1), 0.0);
       norms.masked_fill_(padding, 0.0);
     }
-    const at::Tensor weighted =
-        at::mm(at::stack({at::ones_like(norms), norms}), squares).to(at::kCPU, at::kDouble);
-    if (!std::isfinite(weighted.sum().item<double>()))
+    const kernels::ChannelSquares squares = kernels::channel_squares(inputs, norms);
+    if (!std::isfinite((squares.plain.sum() + squares.weighted.sum()).item<double>()))
       report_non_finite(x[b], gradient[b], padding, sequence);
-    sums_[kPerToken].add_(weighted[1]);
+    sums_[kPerToken].add_(squares.weighted);
     // Every label sample sees the same activations: they count once.
     if (sample == 0) {
-      sums_[kSumSquares].add_(weighted[0]);
-      // Exact: in IEEE arithmetic √(x²) = |x|, rounding included.
-      maxima_ = at::maximum(maxima_, squares.amax(0).sqrt().cpu());
+      sums_[kSumSquares].add_(squares.plain);
+      maxima_ = at::maximum(maxima_, squares.largest);
       sums_[kTokens][0] += padding.defined() ? length - padding.sum().item<int64_t>() : length;
       sums_[kSequences][0] += 1;
     }

@@ -3,6 +3,7 @@
 #include <c10/core/GradMode.h>
 #include <isobath/core/error.hpp>
 #include <isobath/core/partition.hpp>
+#include <isobath/kernels/squares.hpp>
 #include <isobath/sensitivity/token_weights.hpp>
 
 namespace isobath::sensitivity {
@@ -61,11 +62,8 @@ at::Tensor token_weights(const at::Tensor& gradient, const RowGroups& row_groups
   }
   for (int64_t group = 0; group < std::ssize(ranges); ++group) {
     const Range rows = ranges[static_cast<size_t>(group)];
-    // The norm reads bf16 and accumulates f32 in one pass; squaring an f32 copy of G costs three times as
-    // much.
-    const at::Tensor norm =
-        at::linalg_vector_norm(gradient.slice(2, rows.begin, rows.end), 2, {2}, false, at::kFloat);
-    weights.select(2, group).copy_(norm.square().div_(static_cast<double>(rows.size())));
+    weights.select(2, group).copy_(
+        kernels::row_squares(gradient.slice(2, rows.begin, rows.end)).div_(static_cast<double>(rows.size())));
   }
   return weights;
 }

@@ -130,6 +130,25 @@ TEST(Time, MeasureIsMicrobatchesAndBubblesOfTheSlowestStage) {
   EXPECT_DOUBLE_EQ(measure_time(clustered, 1).compute_s, measure_time(by_index, 1).compute_s);
 }
 
+TEST(Time, ScoredCheckpointsAreReadOnceByEachReplica) {
+  const model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  config.sensitivity.gram_bits = {2, 4};
+  Cluster cluster = instant_cluster();
+  cluster.ranks_per_node = 2;
+  cluster.filesystem.read_gbs = cluster.filesystem.node_read_gbs = 1e-9;  // a byte a second
+  const auto disk_s = [&](int64_t first_block) {
+    return measure_time(Job(config, model, cluster, 1, 2), first_block).disk_s;
+  };
+  const double rounded_s = disk_s(0), late_s = disk_s(1);
+  config.sensitivity.gram_checkpoints = {"two", "four"};
+  // Four blocks of 576 weights: two and four bits, a scale of two bytes for each of the 64 rows, and two
+  // norms.
+  const double block_bytes = 576.0 * (2 + 4) / 8 + 2 * (2 * 64 + 2 * 2 * 8);
+  EXPECT_NEAR(disk_s(0) - rounded_s, 2 * 4 * block_bytes, 1e-6);
+  EXPECT_EQ(disk_s(1), late_s);
+}
+
 TEST(Time, BlocksThatKeepTheirActivationsAreNotRecomputed) {
   const model::ModelConfig model = tiny_model();
   config::RunConfig config = tiny_config();

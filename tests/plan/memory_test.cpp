@@ -65,10 +65,10 @@ TEST(Memory, KeptActivationsAreThoseOfTheLastBlocks) {
   EXPECT_EQ(bytes(0, "activations kept"), 1 * 2 * 680);
   EXPECT_EQ(bytes(1, "activations kept"), 2 * 1 * 680);
   // Stage 0 holds the recomputed block's activations on top; the loss of stage 1 takes more than a block:
-  // 256 x 32 logits in bf16, three times, and 12 bytes of f32. Gradients of 80 bytes in and out.
-  // 5 tokens: states 4·2·8, gate and up 2·2·16, the gate in f32 26·16; of a sequence 8·16 + 4·8.
-  EXPECT_EQ(bytes(0, "backward"), 680 + 5 * (64 + 64 + 26 * 16) + 5 * (128 + 32) + 2 * 80);
-  EXPECT_EQ(bytes(1, "backward"), 256 * 32 * (3 * 2 + 12) + 2 * 80);
+  // 256 x 32 logits in bf16, twice, and 12 bytes of f32. Gradients of 80 bytes in and out.
+  // 5 tokens: states 4·2·8, gate and up 2·2·16, the gate in f32 26·16; of a sequence 8·16.
+  EXPECT_EQ(bytes(0, "backward"), 680 + 5 * (64 + 64 + 26 * 16) + 5 * 128 + 2 * 80);
+  EXPECT_EQ(bytes(1, "backward"), 256 * 32 * (2 * 2 + 12) + 2 * 80);
 }
 
 TEST(Memory, QuantizeHoldsTheCovariancesOfOneInputSet) {

@@ -49,7 +49,8 @@ TEST(Work, BackwardHasNoWeightGradients) {
   // Norms 2·(6+14)·8, gate (6+10)·16.
   const Work kernels = backward_block(Shapes::of(model, true, true), 10, 5, sensitivity);
   EXPECT_EQ(kernels.attention_flops, 2.5 * 800);
-  EXPECT_EQ(kernels.traffic_bytes, 10 * (320 + 256 + 128 + kRecorded));
+  // Recorded: each input once and each output twice.
+  EXPECT_EQ(kernels.traffic_bytes, 10 * (320 + 256 + 128 + 2 * 64 + 4 * 64));
   // Two sums over the rows of x²: five linears of 8 channels, o of 8, down of 16.
   EXPECT_EQ(one.f32_flops, 10 * 4 * (5 * 8 + 8 + 16));
 
@@ -110,12 +111,12 @@ TEST(Work, HeadsByHand) {
   EXPECT_EQ(head_loss(shapes, 10, sensitivity).gemm_flops, 3 * 2 * 10 * 32 * 8);
   EXPECT_EQ(head_compare(shapes, 10).gemm_flops, 2 * 2 * 10 * 32 * 8);
 
-  // bf16 kernels: logits written, read twice, probabilities written; p − y a copy, read by the product. A
-  // norm of 10 x 8 and its gradient.
+  // bf16 kernels: logits written, read twice, probabilities written; p − y in their place, read by the
+  // product. A norm of 10 x 8 and its gradient.
   const Shapes kernels = Shapes::of(model, true, true);
   sensitivity.samples = 1;
-  EXPECT_EQ(head_loss(kernels, 10, sensitivity).traffic_bytes, 320 * (2 + 6 + 6) + 80 * (6 + 14));
-  EXPECT_EQ(head_loss(shapes, 10, sensitivity).traffic_bytes, 320 * (2 + 52 + 6) + 80 * (32 + 108));
+  EXPECT_EQ(head_loss(kernels, 10, sensitivity).traffic_bytes, 320 * (2 + 6 + 2) + 80 * (6 + 14));
+  EXPECT_EQ(head_loss(shapes, 10, sensitivity).traffic_bytes, 320 * (2 + 52 + 2) + 80 * (32 + 108));
   // Labels are drawn from f32 probabilities on every device.
   sensitivity.loss = "fisher";
   EXPECT_EQ(head_loss(kernels, 10, sensitivity).traffic_bytes, 320 * (2 + 58 + 8) + 80 * (6 + 14));

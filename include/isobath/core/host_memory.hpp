@@ -13,8 +13,8 @@ namespace isobath {
 [[nodiscard]] int64_t memory_limit_bytes(const std::filesystem::path& membership,
                                          const std::filesystem::path& root);
 
-/// Gives pages of freed memory, which the C library keeps for the next allocation, back to the system. Costs
-/// a pass over its free lists, and a page fault for each page that is used again. Does nothing without glibc.
+/// Gives freed memory, which the C library and core/tensor_memory.hpp keep for the next allocation, back to
+/// the system. Costs a pass over free lists, and a page fault for each page that is used again.
 void return_free_memory();
 
 }  // namespace isobath

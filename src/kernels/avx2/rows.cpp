@@ -13,6 +13,7 @@ namespace isobath::kernels {
 
 template struct ElementwiseRows<float>;
 template struct LogitsRows<float>;
+template struct SquaresRows<float>;
 
 }  // namespace isobath::kernels
 #pragma GCC pop_options

@@ -13,6 +13,7 @@ namespace isobath::kernels {
 
 template struct ElementwiseRows<uint16_t>;
 template struct LogitsRows<uint16_t>;
+template struct SquaresRows<uint16_t>;
 
 }  // namespace isobath::kernels
 #pragma GCC pop_options
