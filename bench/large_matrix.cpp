@@ -13,6 +13,7 @@
 #include <CLI/CLI.hpp>
 #include <isobath/comm/device_communicator.hpp>
 #include <isobath/comm/runtime.hpp>
+#include <isobath/core/tensor_memory.hpp>
 #include <isobath/core/timer.hpp>
 #include <isobath/io/files.hpp>
 #include <isobath/kernels/gram.hpp>
@@ -172,6 +173,7 @@ class LargeMatrix {
 }  // namespace isobath
 
 int main(int argc, char** argv) {
+  isobath::map_tensors();
   isobath::comm::Runtime runtime(argc, argv);
   isobath::Options options;
   CLI::App app("One wide projection in panels on all ranks");

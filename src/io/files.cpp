@@ -15,8 +15,10 @@ namespace {
 
 constexpr size_t kCopyBytes = size_t{8} << 20;
 
+constexpr std::string_view kTemporarySuffix = ".tmp";
+
 fs::path with_suffix(fs::path path) {
-  path += ".tmp";
+  path += kTemporarySuffix;
   return path;
 }
 
@@ -102,6 +104,16 @@ void copy_atomically(const fs::path& from, const fs::path& to) {
                   to.string(), size, offset);
   }
   target.commit();
+}
+
+void remove_temporaries(const fs::path& directory) {
+  for (const auto& entry : fs::directory_iterator(directory)) {
+    const std::string name = entry.path().filename().string();
+    const bool is_temporary = name.ends_with(kTemporarySuffix) ||
+                              (name.starts_with('.') && name.find(".tmp-") != std::string::npos);
+    if (!is_temporary || !entry.is_regular_file()) continue;
+    if (::unlink(entry.path().c_str()) != 0) fail_io("remove", entry.path(), errno);
+  }
 }
 
 int64_t free_bytes(const fs::path& path) {

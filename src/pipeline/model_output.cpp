@@ -79,6 +79,7 @@ void ModelOutput::finish(const std::map<std::string, quant::GridSpec>& modules,
                          const std::vector<std::string>& ignored) const {
   session_.world().agree_on([&] {
     if (session_.world().rank() != 0) return;
+    io::remove_temporaries(partial_);  // of a run that was killed while it wrote a block
     for (const auto& entry : fs::directory_iterator(session_.config.model))
       if (travels_along(entry)) io::copy_atomically(entry.path(), partial_ / entry.path().filename());
     nlohmann::json weight_map = nlohmann::json::object();

@@ -81,6 +81,17 @@ TEST(Files, RenameAndDirectoriesReportWhatIsInTheWay) {
   EXPECT_TRUE(fs::exists(directory / "x" / "file"));
 }
 
+TEST(Files, WhatKilledWritersLeftGoesAndNothingElse) {
+  const TemporaryDirectory directory;
+  for (const char* name : {"config.json.tmp", ".model-00003-of-00005.safetensors.tmp-4087", "config.json",
+                           ".hidden", "model.tmp-1"})
+    test::write_bytes(directory / name, "x");
+  fs::create_directory(directory / "folder.tmp");
+  remove_temporaries(directory.path());
+  EXPECT_EQ(directory.names(),
+            (std::set<std::string>{"config.json", ".hidden", "model.tmp-1", "folder.tmp"}));
+}
+
 TEST(Files, FreeBytesAnswersForFilesThatDoNotExistYet) {
   const TemporaryDirectory directory;
   EXPECT_GT(free_bytes(directory / "not" / "yet"), 0);

@@ -54,6 +54,9 @@ for variant, settings in VARIANTS.items():
             if not kill_once(config, output, duration, settings, resume=False):
                 continue
             killed += 1
+            # What a kill rarely meets: a block half written.
+            if (output / "model.partial").is_dir():
+                (output / "model.partial" / ".model-00002-of-00005.safetensors.tmp-1").write_text("half")
             # The second of the kills is followed by another one; the last is continued by another layout of ranks, with
             # streamed weights.
             if killed == 2:

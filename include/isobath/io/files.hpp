@@ -22,6 +22,9 @@ void rename_durably(const fs::path& from, const fs::path& to);
 void make_directories(const fs::path& path);
 /// Copies a file via a temporary name and renames it.
 void copy_atomically(const fs::path& from, const fs::path& to);
+/// Removes what killed writers left in `directory`: temporary files of the two above and of
+/// write_safetensors. Nobody may be writing there.
+void remove_temporaries(const fs::path& directory);
 [[nodiscard]] int64_t free_bytes(const fs::path& path);
 
 }  // namespace isobath::io
