@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <isobath/comm/tree_sum.hpp>
+#include <isobath/kernels/squares.hpp>
 #include <isobath/plan/job.hpp>
 
 namespace isobath::pipeline {
@@ -16,7 +17,7 @@ std::string original_name(int64_t microbatch) {
 }
 
 double sum_of_squares(const at::Tensor& values) {
-  return values.to(at::kFloat).square().sum(at::kDouble).item<double>();
+  return kernels::row_squares(values).sum(at::kDouble).item<double>();
 }
 
 }  // namespace

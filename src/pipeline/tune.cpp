@@ -4,7 +4,6 @@
 #include <ATen/core/grad_mode.h>
 
 #include <isobath/comm/watchdog.hpp>
-#include <isobath/core/host_memory.hpp>
 #include <isobath/core/log.hpp>
 #include <isobath/core/stop_signal.hpp>
 #include <isobath/core/timer.hpp>
@@ -67,7 +66,6 @@ class TunePass {
         kl += of_part;
         n_tokens += tokens;
         ++result.n_steps;
-        return_free_memory();  // weights that came in this step's holes
         if (session_.world().any(stop_requested()))
           fail<StopRequested>(
               "stopped on request while scales are tuned; nothing of that is kept, --resume starts it again");

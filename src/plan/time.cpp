@@ -112,7 +112,7 @@ StageTime measure_time(const Job& job, int64_t first_block) {
           most_graded, seconds_of(job, static_cast<double>(blocks.size()) *
                                            score_grids(job.shapes, job.config, job.cluster.host.threads)));
   time.compute_s += most_graded;
-  // Checkpoints whose widths are scored, before that.
+  // Checkpoints whose widths are scored are read once, in no other work's shadow.
   double scored = 0;
   if (first_block == 0 && !sensitivity.gram_checkpoints.empty())
     for (const int bits : sensitivity.gram_bits)

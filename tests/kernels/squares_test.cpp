@@ -8,7 +8,7 @@ namespace isobath::kernels {
 namespace {
 
 // f32 sums of up to 64 squares, or of as many a lane as a row has vectors, against f64.
-constexpr double kTolerance = 1e-5;
+constexpr double kTolerance = 4e-6;
 
 bool near(const at::Tensor& found, const at::Tensor& expected) {
   return at::allclose(found.to(at::kDouble), expected, kTolerance, 0);

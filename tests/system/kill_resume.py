@@ -12,6 +12,7 @@ EARLIEST, LATEST = 0.02, 0.95
 VARIANTS = {"plain": (), "everything on": EVERYTHING_ON, "drift": DRIFTING, "clustered": CLUSTERED, "tuned": TUNED}
 
 chance = seeded_random()
+planted = 0
 
 
 def kill_once(config, output, duration, settings, resume, landmark="run.json"):
@@ -55,8 +56,9 @@ for variant, settings in VARIANTS.items():
                 continue
             killed += 1
             # What a kill rarely meets: a block half written.
-            if (output / "model.partial").is_dir():
-                (output / "model.partial" / ".model-00002-of-00005.safetensors.tmp-1").write_text("half")
+            for unfinished in output.glob("model*.partial"):
+                (unfinished / ".model-00002-of-00005.safetensors.tmp-1").write_text("half")
+                planted += 1
             # The second of the kills is followed by another one; the last is continued by another layout of ranks, with
             # streamed weights.
             if killed == 2:
@@ -85,3 +87,4 @@ for variant, settings in VARIANTS.items():
         # Resuming what is finished changes nothing.
         run_well(undisturbed, stages=2, settings=settings, resume=True)
         assert_same_bytes(expected, result_digests(space.path / "undisturbed"), "resumed after the end")
+assert planted > 0, "of all kills none met a model in the making"
