@@ -38,8 +38,9 @@ class Failed(Exception):
 PLAIN = {"refinement": {"sweeps": 0}, "asymmetric": {"correction": "none"}}
 
 
-def isobath(ranks, threads, weighting, residency="resident", solver=PLAIN):
-    return {"ranks": ranks, "threads": threads, "weighting": weighting, "residency": residency, "solver": solver}
+def isobath(ranks, threads, weighting, residency="resident", solver=PLAIN, stages=1):
+    return {"ranks": ranks, "threads": threads, "weighting": weighting, "residency": residency, "solver": solver,
+            "stages": stages}
 
 
 def peer(environment, script, *options):
@@ -51,6 +52,7 @@ SYSTEMS = {
     "isobath D = 1, 1 rank of 2 threads": isobath(1, 2, "none"),
     "isobath D = 1, 1 rank of 2 threads, streamed": isobath(1, 2, "none", "streamed"),
     "isobath with sensitivity, 2 ranks of 1 thread": isobath(2, 1, "sensitivity"),
+    "isobath with sensitivity, 2 stages of 1 thread": isobath(2, 1, "sensitivity", stages=2),
     "isobath with sensitivity, 1 rank of 2 threads": isobath(1, 2, "sensitivity"),
     "isobath, the defaults, 2 ranks of 1 thread": isobath(2, 1, "sensitivity", solver={}),
     "llm-compressor GPTQ": peer("llmcompressor", "peer_llmcompressor.py"),
@@ -133,7 +135,7 @@ def command_of(system, options, bits, checkpoint):
     config = checkpoint.with_suffix(".yaml")
     config.write_text(json.dumps({
         "model": options.model, "output": str(checkpoint), "residency": system["residency"],
-        "ranks": {"threads": system["threads"]},
+        "ranks": {"threads": system["threads"], "stages": system["stages"], "replicas": system["ranks"] // system["stages"]},
         "calibration": {"tokens": options.tokens, "sequences": options.sequences, "length": options.length},
         "sensitivity": {"per_sequence": "off"},
         "quantization": {"bits": bits, "group": options.group, "symmetric": True, "weighting": system["weighting"], **system["solver"]}}),

@@ -231,7 +231,8 @@ void add_quantization_keys(Table& t) {
       "Steps of such a pass, each on the logical shards of its turn; at most as many as there are.");
   t.real(
       "quantization.tuning.rate", [](auto& c) -> auto& { return c.quantization.tuning.rate; }, 0, false, 1,
-      "Relative change of a scale in the first step; it falls linearly to 0.");
+      "Relative change of a scale in the first step, of 4 bits half of it, of 5 a quarter …; it falls "
+      "linearly to 0.");
   t.word(
       "quantization.reestimate.policy", [](auto& c) -> auto& { return c.quantization.reestimate.policy; },
       {"never", "every", "drift"},
@@ -294,8 +295,8 @@ void add_closing_keys(Table& t) {
   t.integer_or_auto(
       "checkpoint.every_blocks", [](auto& c) -> auto& { return c.checkpoint.every_blocks; }, 1'000'000,
       "blocks",
-      "Quantized blocks between two saved states; auto saves as often as 2 % of the time allow, after every "
-      "block at most.");
+      "Quantized blocks, and steps of the tuning of scales, between two saved states; auto saves as often as "
+      "2 % of the time allow, after each at most.");
   t.integer(
       "checkpoint.keep", [](auto& c) -> auto& { return c.checkpoint.keep; }, 1, "generations",
       "Saved states kept; with 2 a damaged newest one costs one interval.");

@@ -72,8 +72,24 @@ at::Tensor apply_linear(const at::Tensor& x, const Linear& linear) {
   return kernels::linear_forward(x, linear.weight, linear.bias);
 }
 
-kernels::AttentionOutput attend(const ModelConfig& config, const Rotary& rotary, const at::Tensor& q,
-                                const at::Tensor& k, const at::Tensor& v) {
+namespace {
+
+/// RMSNorm of each head of q or k; as it is where the model has none.
+at::Tensor norm_heads(const ModelConfig& config, const at::Tensor& x, const at::Tensor& weight) {
+  if (!config.head_norms) return x;
+  return kernels::rms_norm(x.unflatten(-1, {-1, config.head_dim}), weight, config.rms_eps).flatten(-2);
+}
+
+at::Tensor norm_heads_backward(const ModelConfig& config, const at::Tensor& x, const at::Tensor& weight,
+                               const at::Tensor& gradient) {
+  if (!config.head_norms) return gradient;
+  const auto by_head = [&](const at::Tensor& whole) { return whole.unflatten(-1, {-1, config.head_dim}); };
+  return kernels::rms_norm_backward(by_head(x), weight, config.rms_eps, by_head(gradient), {}).flatten(-2);
+}
+
+/// `attend` behind the norms of heads.
+kernels::AttentionOutput attend_normed(const ModelConfig& config, const Rotary& rotary, const at::Tensor& q,
+                                       const at::Tensor& k, const at::Tensor& v) {
   const kernels::AttentionSpec spec = attention_spec(config, rotary, q);
   if (kernels::has_attention(spec, q)) return kernels::attention(spec, q, k, v);
   const at::Tensor cos = spec.cos.to(q.scalar_type()), sin = spec.sin.to(q.scalar_type());
@@ -87,18 +103,41 @@ kernels::AttentionOutput attend(const ModelConfig& config, const Rotary& rotary,
   return {mixed.transpose(1, 2).flatten(2), {}};
 }
 
-kernels::AttentionGradients attend_backward(const ModelConfig& config, const Rotary& rotary,
-                                            const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                            const kernels::AttentionOutput& forward,
-                                            const at::Tensor& gradient) {
+kernels::AttentionGradients attend_normed_backward(const ModelConfig& config, const Rotary& rotary,
+                                                   const at::Tensor& q, const at::Tensor& k,
+                                                   const at::Tensor& v,
+                                                   const kernels::AttentionOutput& forward,
+                                                   const at::Tensor& gradient) {
   if (forward.log_sums.defined())
     return kernels::attention_backward(attention_spec(config, rotary, q), q, k, v, forward, gradient);
   const at::AutoGradMode with_grad(true);
   const auto leaf = [](const at::Tensor& x) { return x.detach().requires_grad_(true); };
   const std::vector<at::Tensor> inputs{leaf(q), leaf(k), leaf(v)};
-  const at::Tensor out = attend(config, rotary, inputs[0], inputs[1], inputs[2]).out;
+  const at::Tensor out = attend_normed(config, rotary, inputs[0], inputs[1], inputs[2]).out;
   const auto gradients = torch::autograd::grad({out}, inputs, {gradient});
   return {gradients[0], gradients[1], gradients[2]};
+}
+
+}  // namespace
+
+kernels::AttentionOutput attend(const ModelConfig& config, const Rotary& rotary, const BlockWeights& weights,
+                                const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  return attend_normed(config, rotary, norm_heads(config, q, weights.q_norm),
+                       norm_heads(config, k, weights.k_norm), v);
+}
+
+kernels::AttentionGradients attend_backward(const ModelConfig& config, const Rotary& rotary,
+                                            const BlockWeights& weights, const at::Tensor& q,
+                                            const at::Tensor& k, const at::Tensor& v,
+                                            const kernels::AttentionOutput& forward,
+                                            const at::Tensor& gradient) {
+  // The norms are computed again: cheaper than keeping both their input and output.
+  kernels::AttentionGradients gradients =
+      attend_normed_backward(config, rotary, norm_heads(config, q, weights.q_norm),
+                             norm_heads(config, k, weights.k_norm), v, forward, gradient);
+  gradients.q = norm_heads_backward(config, q, weights.q_norm, gradients.q);
+  gradients.k = norm_heads_backward(config, k, weights.k_norm, gradients.k);
+  return gradients;
 }
 
 int64_t activation_bytes(const ModelConfig& config, int64_t n_tokens, int64_t element_size) {
@@ -116,7 +155,7 @@ at::Tensor block_forward(const ModelConfig& config, const Rotary& rotary, const 
   a.q = apply_linear(normed, weights[Projection::q]);
   a.k = apply_linear(normed, weights[Projection::k]);
   a.v = apply_linear(normed, weights[Projection::v]);
-  a.attended = attend(config, rotary, a.q, a.k, a.v);
+  a.attended = attend(config, rotary, weights, a.q, a.k, a.v);
   a.middle = x + apply_linear(a.attended.out, weights[Projection::o]);
   const at::Tensor middle_normed = kernels::rms_norm(a.middle, weights.post_attention_norm, config.rms_eps);
   a.gate = apply_linear(middle_normed, weights[Projection::gate]);
@@ -148,8 +187,8 @@ at::Tensor block_backward(const ModelConfig& config, const Rotary& rotary, const
                                                                 config.rms_eps, normed_gradient, gradient);
 
   observe(Projection::o, a.attended.out, middle_gradient);
-  const kernels::AttentionGradients heads =
-      attend_backward(config, rotary, a.q, a.k, a.v, a.attended, through(Projection::o, middle_gradient));
+  const kernels::AttentionGradients heads = attend_backward(
+      config, rotary, weights, a.q, a.k, a.v, a.attended, through(Projection::o, middle_gradient));
   const at::Tensor normed = kernels::rms_norm(a.input, weights.input_norm, config.rms_eps);
   observe(Projection::v, normed, heads.v);
   observe(Projection::k, normed, heads.k);

@@ -25,6 +25,10 @@ std::string input_norm_of(int64_t block) {
 std::string post_attention_norm_of(int64_t block) {
   return block_prefix(block) + "post_attention_layernorm.weight";
 }
+std::string head_norm_of(int64_t block, Projection projection) {
+  return block_prefix(block) +
+         (projection == Projection::q ? "self_attn.q_norm.weight" : "self_attn.k_norm.weight");
+}
 
 /// Compares headers against what the config calls for; remembers the first problem of each kind, reports all
 /// at once.
@@ -82,6 +86,9 @@ void validate(const ModelConfig& config, const io::ShardedReader& tensors, bool 
   for (int64_t block = 0; block < config.n_blocks; ++block) {
     validation.expect(input_norm_of(block), {config.d_model});
     validation.expect(post_attention_norm_of(block), {config.d_model});
+    if (config.head_norms)
+      for (const Projection projection : {Projection::q, Projection::k})
+        validation.expect(head_norm_of(block, projection), {config.head_dim});
     for (int p = 0; p < kProjections; ++p) {
       const auto projection = static_cast<Projection>(p);
       const std::string module = module_name(block, projection);
@@ -144,6 +151,10 @@ BlockWeights CheckpointReader::read_block(int64_t block, at::ScalarType dtype, c
   BlockWeights weights;
   weights.input_norm = read_finite(*tensors_, input_norm_of(block), dtype, device);
   weights.post_attention_norm = read_finite(*tensors_, post_attention_norm_of(block), dtype, device);
+  if (config_.head_norms) {
+    weights.q_norm = read_finite(*tensors_, head_norm_of(block, Projection::q), dtype, device);
+    weights.k_norm = read_finite(*tensors_, head_norm_of(block, Projection::k), dtype, device);
+  }
   for (int p = 0; p < kProjections; ++p) {
     const auto projection = static_cast<Projection>(p);
     const std::string module = module_name(block, projection);

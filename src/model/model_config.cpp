@@ -1,3 +1,6 @@
+#include <fmt/ranges.h>
+
+#include <algorithm>
 #include <cmath>
 #include <isobath/core/error.hpp>
 #include <isobath/io/files.hpp>
@@ -14,12 +17,60 @@ constexpr int64_t kMaxConfigBytes = int64_t{16} << 20;
 constexpr int64_t kMaxSize = int64_t{1} << 31;
 constexpr int64_t kMaxBlocks = 10'000;
 
-constexpr std::string_view kSupportedArchitectures = "LlamaForCausalLM";
-// What LlamaConfig of transformers 5.23 assumes for a key that is absent.
+// What the configuration classes of transformers 5.23 assume for a key that is absent.
 constexpr double kDefaultRmsEps = 1e-6;
 constexpr double kDefaultRopeTheta = 10000.0;
-constexpr int64_t kDefaultMaxPosition = 2048;
-constexpr int64_t kDefaultBosToken = 1;
+constexpr int64_t kDefaultWindow = 4096;
+
+/// How an architecture differs from the others. A key that only some know is not looked at for the others.
+struct Architecture {
+  std::string_view name;
+  int64_t default_max_position;
+  std::optional<int64_t> default_bos_token;
+  bool reads_attention_bias, reads_mlp_bias;
+  bool has_qkv_bias;         ///< always
+  bool has_head_norms;       ///< always
+  bool is_head_dim_derived;  ///< from hidden_size, where it is absent
+  enum class Window { none, unless_null, on_request } window;
+};
+constexpr std::array<Architecture, 4> kArchitectures = {{
+    {.name = "LlamaForCausalLM",
+     .default_max_position = 2048,
+     .default_bos_token = 1,
+     .reads_attention_bias = true,
+     .reads_mlp_bias = true,
+     .has_qkv_bias = false,
+     .has_head_norms = false,
+     .is_head_dim_derived = true,
+     .window = Architecture::Window::none},
+    {.name = "MistralForCausalLM",
+     .default_max_position = 131072,
+     .default_bos_token = 1,
+     .reads_attention_bias = false,
+     .reads_mlp_bias = false,
+     .has_qkv_bias = false,
+     .has_head_norms = false,
+     .is_head_dim_derived = true,
+     .window = Architecture::Window::unless_null},
+    {.name = "Qwen2ForCausalLM",
+     .default_max_position = 32768,
+     .default_bos_token = std::nullopt,
+     .reads_attention_bias = false,
+     .reads_mlp_bias = false,
+     .has_qkv_bias = true,
+     .has_head_norms = false,
+     .is_head_dim_derived = true,
+     .window = Architecture::Window::on_request},
+    {.name = "Qwen3ForCausalLM",
+     .default_max_position = 32768,
+     .default_bos_token = std::nullopt,
+     .reads_attention_bias = true,
+     .reads_mlp_bias = false,
+     .has_qkv_bias = false,
+     .has_head_norms = true,
+     .is_head_dim_derived = false,
+     .window = Architecture::Window::on_request},
+}};
 
 /// One JSON object of config.json that knows its name, so that every complaint says file and key.
 class Section {
@@ -27,6 +78,7 @@ class Section {
   Section(const json& object, std::string file, std::string prefix)
       : object_(object), file_(std::move(file)), prefix_(std::move(prefix)) {}
 
+  [[nodiscard]] bool contains(const char* key) const { return object_.contains(key); }
   /// Present and not null.
   [[nodiscard]] bool has(const char* key) const {
     return object_.contains(key) && !object_.at(key).is_null();
@@ -89,16 +141,33 @@ class Section {
   std::string file_, prefix_;
 };
 
-std::string read_architecture(const Section& config) {
+const Architecture& read_architecture(const Section& config) {
   const json& value = config.at("architectures");
   if (!value.is_array() || value.size() != 1 || !value[0].is_string()) {
     config.wrong("architectures", "a list with one name");
   }
   const auto name = value[0].get<std::string>();
-  if (name != kSupportedArchitectures) {
-    config.wrong("architectures", fmt::format("a supported model ({})", kSupportedArchitectures));
+  const auto found = std::ranges::find(kArchitectures, name, &Architecture::name);
+  if (found == kArchitectures.end()) {
+    std::vector<std::string_view> names;
+    for (const Architecture& known : kArchitectures) names.push_back(known.name);
+    config.wrong("architectures", fmt::format("a supported model ({})", fmt::join(names, ", ")));
   }
-  return name;
+  return *found;
+}
+
+std::optional<int64_t> read_sliding_window(const Section& config, Architecture::Window kind) {
+  if (kind == Architecture::Window::none) return {};
+  if (kind == Architecture::Window::on_request && !config.flag_or("use_sliding_window", false)) return {};
+  if (config.contains("sliding_window") && !config.has("sliding_window")) return {};
+  return config.size_or("sliding_window", kDefaultWindow);
+}
+
+/// Where it is absent, Llama's heads share nothing, and the others' number is that of one of their models.
+int64_t read_kv_heads(const Section& config, const Architecture& architecture, int64_t n_heads) {
+  const bool is_needed =
+      architecture.name != kArchitectures[0].name && !config.contains("num_key_value_heads");
+  return is_needed ? config.size("num_key_value_heads") : config.size_or("num_key_value_heads", n_heads);
 }
 
 at::ScalarType read_dtype(const Section& config) {
@@ -209,14 +278,15 @@ ModelConfig read_model_config(const std::filesystem::path& directory) {
   const Section section(object, file, "");
 
   ModelConfig config;
-  config.architecture = read_architecture(section);
+  const Architecture& architecture = read_architecture(section);
+  config.architecture = architecture.name;
   config.vocab_size = section.size("vocab_size");
   config.d_model = section.size("hidden_size");
   config.d_ff = section.size("intermediate_size");
   config.n_blocks = section.size("num_hidden_layers", kMaxBlocks);
   config.n_heads = section.size("num_attention_heads");
-  config.n_kv_heads = section.size_or("num_key_value_heads", config.n_heads);
-  if (section.has("head_dim")) {
+  config.n_kv_heads = read_kv_heads(section, architecture, config.n_heads);
+  if (section.has("head_dim") || !architecture.is_head_dim_derived) {
     config.head_dim = section.size("head_dim");
   } else if (config.d_model % config.n_heads == 0) {
     config.head_dim = config.d_model / config.n_heads;
@@ -226,16 +296,19 @@ ModelConfig read_model_config(const std::filesystem::path& directory) {
         config.d_model, config.n_heads);
   }
   check_heads(config, file);
-  config.max_position = section.size_or("max_position_embeddings", kDefaultMaxPosition);
+  config.max_position = section.size_or("max_position_embeddings", architecture.default_max_position);
   config.rms_eps = section.positive_or("rms_norm_eps", kDefaultRmsEps);
   config.tied_embeddings = section.flag_or("tie_word_embeddings", false);
-  config.attention_bias = section.flag_or("attention_bias", false);
-  config.mlp_bias = section.flag_or("mlp_bias", false);
+  config.o_bias = architecture.reads_attention_bias && section.flag_or("attention_bias", false);
+  config.qkv_bias = config.o_bias || architecture.has_qkv_bias;
+  config.mlp_bias = architecture.reads_mlp_bias && section.flag_or("mlp_bias", false);
+  config.head_norms = architecture.has_head_norms;
+  config.sliding_window = read_sliding_window(section, architecture.window);
   if (section.has("hidden_act") && section.text("hidden_act") != "silu") section.wrong("hidden_act", "silu");
   config.rope = read_rope(section, config.max_position);
   config.dtype = read_dtype(section);
   if (!object.contains("bos_token_id")) {
-    config.bos_token = kDefaultBosToken;
+    config.bos_token = architecture.default_bos_token;
   } else if (section.has("bos_token_id")) {
     if (!section.at("bos_token_id").is_number_unsigned() ||
         section.at("bos_token_id").get<uint64_t>() >= static_cast<uint64_t>(config.vocab_size)) {
@@ -256,12 +329,12 @@ ModuleShape module_shape(const ModelConfig& config, Projection projection) {
   const int64_t d_query = config.n_heads * config.head_dim, d_key = config.n_kv_heads * config.head_dim;
   switch (projection) {
     case Projection::q:
-      return {d_query, config.d_model, config.attention_bias};
+      return {d_query, config.d_model, config.qkv_bias};
     case Projection::k:
     case Projection::v:
-      return {d_key, config.d_model, config.attention_bias};
+      return {d_key, config.d_model, config.qkv_bias};
     case Projection::o:
-      return {config.d_model, d_query, config.attention_bias};
+      return {config.d_model, d_query, config.o_bias};
     case Projection::gate:
     case Projection::up:
       return {config.d_ff, config.d_model, config.mlp_bias};

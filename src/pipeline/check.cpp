@@ -100,6 +100,19 @@ void require_quantizable(const config::RunConfig& config, const model::ModelConf
     fail<ConfigError>("the configuration does not fit the model {}:{}", config.model, problems);
 }
 
+void require_attended(const config::RunConfig& config, const model::ModelConfig& model) {
+  if (!model.sliding_window) return;
+  const auto require = [&](const char* key, int64_t length) {
+    if (length > *model.sliding_window)
+      fail<ConfigError>(
+          "{}: expected at most {} tokens, the sliding window of {}, found {}; what a token sees "
+          "behind a window is not modelled",
+          key, *model.sliding_window, config.model, length);
+  };
+  require("calibration.length", config.calibration.length);
+  if (!config.evaluation.tokens.empty()) require("evaluation.window", config.evaluation.window);
+}
+
 void require_allocated(const config::RunConfig& config, const model::CheckpointReader& source) {
   const config::Allocation& allocation = config.quantization.allocated;
   if (allocation.digest.empty()) return;
@@ -144,6 +157,7 @@ CheckResult check(const config::RunConfig& config, int n_ranks) {
     const model::CheckpointReader reader(config.model);
     const model::ModelConfig& model = reader.config();
     attempt([&] { require_quantizable(config, model); });
+    attempt([&] { require_attended(config, model); });
     attempt([&] { require_allocated(config, reader); });
     double n_parameters = 0, bits = 0, n_quantized = 0;
     for (int64_t block = 0; block < model.n_blocks; ++block) {

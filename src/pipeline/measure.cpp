@@ -25,7 +25,7 @@ namespace {
 class Stage {
  public:
   Stage(const Session& session, const CalibrationSet& calibration, const model::WeightStore& weights,
-        const MeasurePass& pass, const BlockObserver::Options& collected)
+        const MeasurePass& pass, const Observation& observation)
       : session_(session),
         calibration_(calibration),
         weights_(weights),
@@ -40,7 +40,7 @@ class Stage {
     if (!takes_part()) return;
     for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
       const model::BlockWeights of_block = weights.block(block);
-      observers_.emplace_back(session, calibration, block, steps_.options_of(collected, block, of_block));
+      observers_.push_back(observation.make(block, of_block));
     }
     if (is_entry() && !pass.source) embedding_ = weights.embedding();
     if (session.is_last_stage()) head_ = weights.head();
@@ -49,7 +49,12 @@ class Stage {
   [[nodiscard]] bool takes_part() const { return session_.grid->stage() >= entry_stage_; }
   [[nodiscard]] bool is_entry() const { return session_.grid->stage() == entry_stage_; }
   [[nodiscard]] Range blocks() const { return blocks_; }
-  [[nodiscard]] std::vector<BlockObserver>& observers() { return observers_; }
+
+  /// When all segments are done.
+  void hand_over(const Observation& observation) {
+    for (size_t i = 0; i < observers_.size(); ++i)
+      observation.take(blocks_.begin + static_cast<int64_t>(i), *observers_[i]);
+  }
 
   /// Runs one segment of this replica's microbatches; losses [n, 3] receives each microbatch's nll, predicted
   /// tokens and KL by its global index (last stage).
@@ -126,7 +131,7 @@ class Stage {
                               : arrived(backward_);
     for (int64_t block = blocks_.end - 1; block >= blocks_.begin; --block) {
       gradient = steps_.backward(weights_.block(block), kept.blocks.back(), gradient, microbatch,
-                                 is_last_of_shard, observers_[static_cast<size_t>(block - blocks_.begin)]);
+                                 is_last_of_shard, *observers_[static_cast<size_t>(block - blocks_.begin)]);
       kept.blocks.pop_back();
     }
     if (!is_entry()) backward_.send(gradient);
@@ -148,7 +153,7 @@ class Stage {
   int entry_stage_;
   Range blocks_;
   Link forward_, backward_;
-  std::vector<BlockObserver> observers_;
+  std::vector<std::unique_ptr<BlockObserver>> observers_;
   /// A microbatch between its forward and its backward pass.
   struct InFlight {
     std::vector<model::BlockActivations> blocks;
@@ -163,8 +168,36 @@ void measure_pipelined(const Session& session, const CalibrationSet& calibration
                        const model::WeightStore& weights, const MeasurePass& pass, at::Tensor& losses) {
   const comm::Communicator& world = session.world();
   const comm::GridShape shape = session.grid->shape();
+
+  // D and the reduced statistics of as many blocks as there are replicas meet on one of these each; then all
+  // replicas write their block's file at once.
+  const StatisticsHeader header = statistics_header(session, calibration, pass.loss);
+  std::string failure;
+  ExitCode code = ExitCode::io;
+  std::optional<std::pair<int64_t, BlockStatistics>> to_write;
+  const auto observation = Observation::of<StatisticsObserver>(
+      [&](int64_t block, const model::BlockWeights& of_block) {
+        return make_statistics_observer(session, calibration, pass, block, of_block);
+      },
+      [&](int64_t block, StatisticsObserver& observer) {
+        const trace::Span span("reduce and write statistics", block);
+        BlockStatistics statistics = observer.reduce();
+        if (session.grid->replica() == root_of_block(session, block))
+          to_write.emplace(block, std::move(statistics));
+        const bool writes_now = (block + 1) % shape.replicas == 0 || block + 1 == session.my_blocks().end;
+        if (!writes_now || !to_write) return;
+        const auto [number, of_block] = *std::exchange(to_write, std::nullopt);
+        if (!failure.empty()) return;
+        try {
+          write_statistics(pass.directory, number, header, of_block);
+        } catch (const Error& error) {
+          failure = error.what();
+          code = error.code();
+        }
+      });
+
   // Each replica takes its logical shards, a segment at a time; a segment is whole shards.
-  Stage stage(session, calibration, weights, pass, {});
+  Stage stage(session, calibration, weights, pass, observation);
   const data::ShardPlan& shards = calibration.shards;
   const std::vector<data::Microbatch> mine = shards.microbatches_of(session.grid->replica(), shape.replicas);
   const auto n_microbatches = static_cast<int64_t>(shards.microbatches().size());
@@ -193,28 +226,7 @@ void measure_pipelined(const Session& session, const CalibrationSet& calibration
     }
   }
 
-  // D and the reduced statistics of as many blocks as there are replicas meet on one of these each; then all
-  // replicas write their block's file at once.
-  const StatisticsHeader header = statistics_header(session, calibration, pass.loss);
-  std::string failure;
-  ExitCode code = ExitCode::io;
-  std::optional<std::pair<int64_t, BlockStatistics>> to_write;
-  for (int64_t block = stage.blocks().begin; block < stage.blocks().end; ++block) {
-    const trace::Span span("reduce and write statistics", block);
-    BlockObserver& observer = stage.observers()[static_cast<size_t>(block - stage.blocks().begin)];
-    BlockStatistics statistics = observer.reduce();
-    if (session.grid->replica() == observer.root()) to_write.emplace(block, std::move(statistics));
-    const bool writes_now = (block + 1) % shape.replicas == 0 || block + 1 == stage.blocks().end;
-    if (!writes_now || !to_write) continue;
-    const auto [number, of_block] = *std::exchange(to_write, std::nullopt);
-    if (!failure.empty()) continue;
-    try {
-      write_statistics(pass.directory, number, header, of_block);
-    } catch (const Error& error) {
-      failure = error.what();
-      code = error.code();
-    }
-  }
+  stage.hand_over(observation);
   world.agree(failure, code);
 }
 
@@ -290,8 +302,7 @@ MeasureResult measure(const Session& session, const CalibrationSet& calibration,
 
 at::Tensor visit_probe(const Session& session, const CalibrationSet& calibration,
                        const model::WeightStore& weights, const MeasurePass& pass,
-                       const std::vector<data::Microbatch>& probe, const BlockObserver::Options& collected,
-                       const TakeObserver& take) {
+                       const std::vector<data::Microbatch>& probe, const Observation& observation) {
   comm::Watchdog::set_activity(pass.title);
   const Range local =
       calibration.shards.sequences_of(session.grid->replica(), session.grid->shape().replicas);
@@ -300,18 +311,17 @@ at::Tensor visit_probe(const Session& session, const CalibrationSet& calibration
     if (local.contains(microbatch.sequences.begin)) mine.push_back(microbatch);
   at::Tensor losses = at::zeros({std::ssize(calibration.shards.microbatches()), 3}, at::kDouble);
   if (weights.is_streamed()) {
-    sweep_back(session, calibration, weights, pass, mine, collected, losses, take);
+    sweep_back(session, calibration, weights, pass, mine, observation, losses);
     return losses;
   }
-  Stage stage(session, calibration, weights, pass, collected);
+  Stage stage(session, calibration, weights, pass, observation);
   {
     report::Progress progress(
         pass.title, std::ssize(mine), "microbatches", 0,
         session.world().rank() == session.grid->world_rank(session.stage_of(pass.first_block), 0));
     stage.run(mine, losses, progress);
   }
-  for (size_t i = 0; i < stage.observers().size(); ++i)
-    take(stage.blocks().begin + static_cast<int64_t>(i), stage.observers()[i]);
+  stage.hand_over(observation);
   return losses;
 }
 
@@ -324,25 +334,30 @@ std::map<int64_t, std::array<at::Tensor, model::kProjections>> measure_token_wei
   for (const data::Microbatch& microbatch : probe) n_sequences += microbatch.sequences.size();
 
   std::map<int64_t, std::array<at::Tensor, model::kProjections>> found;
-  visit_probe(session, calibration, weights, pass, probe, {.only_token_weights = true},
-              [&](int64_t block, BlockObserver& observer) {
-                auto& modules = found[block];
-                for (int p = 0; p < model::kProjections; ++p) {
-                  const at::Tensor& observed = observer.token_weights(static_cast<model::Projection>(p));
-                  at::Tensor& all = modules[static_cast<size_t>(p)];
-                  all = at::zeros({n_sequences, observed.size(1), observed.size(2)}, at::kFloat);
-                  int64_t row = 0;
-                  for (const data::Microbatch& microbatch : probe) {
-                    const int64_t n = microbatch.sequences.size();
-                    if (local.contains(microbatch.sequences.begin))
-                      all.slice(0, row, row + n)
-                          .copy_(observed.slice(0, microbatch.sequences.begin - local.begin,
-                                                microbatch.sequences.end - local.begin));
-                    row += n;
-                  }
-                  share_disjoint(all, session.grid->replicas());
-                }
-              });
+  const auto observation = Observation::of<TokenWeightsObserver>(
+      [&](int64_t block, const model::BlockWeights&) {
+        return std::make_unique<TokenWeightsObserver>(
+            session, calibration, row_groups_of(session, pass, block), loss_of(session, pass).n_samples);
+      },
+      [&](int64_t block, TokenWeightsObserver& observer) {
+        auto& modules = found[block];
+        for (int p = 0; p < model::kProjections; ++p) {
+          const at::Tensor& observed = observer.value(static_cast<model::Projection>(p));
+          at::Tensor& all = modules[static_cast<size_t>(p)];
+          all = at::zeros({n_sequences, observed.size(1), observed.size(2)}, at::kFloat);
+          int64_t row = 0;
+          for (const data::Microbatch& microbatch : probe) {
+            const int64_t n = microbatch.sequences.size();
+            if (local.contains(microbatch.sequences.begin))
+              all.slice(0, row, row + n)
+                  .copy_(observed.slice(0, microbatch.sequences.begin - local.begin,
+                                        microbatch.sequences.end - local.begin));
+            row += n;
+          }
+          share_disjoint(all, session.grid->replicas());
+        }
+      });
+  (void)visit_probe(session, calibration, weights, pass, probe, observation);
   return found;
 }
 

@@ -5,7 +5,7 @@
 
 namespace isobath::pipeline {
 
-static model::LossSpec loss_of(const Session& session, const MeasurePass& pass) {
+model::LossSpec loss_of(const Session& session, const MeasurePass& pass) {
   const std::string& loss = pass.loss.empty() ? session.config.sensitivity.loss : pass.loss;
   return {.kind = loss == "fisher" ? model::LossKind::fisher
                   : loss == "kl"   ? model::LossKind::kl
@@ -14,27 +14,30 @@ static model::LossSpec loss_of(const Session& session, const MeasurePass& pass) 
           .seed = session.config.calibration.seed};
 }
 
+BlockRowGroups row_groups_of(const Session& session, const MeasurePass& pass, int64_t block) {
+  return clusters_rows(session.config.sensitivity) ? pass.row_groups.at(block) : row_groups_of(session);
+}
+
+std::unique_ptr<StatisticsObserver> make_statistics_observer(const Session& session,
+                                                             const CalibrationSet& calibration,
+                                                             const MeasurePass& pass, int64_t block,
+                                                             const model::BlockWeights& weights) {
+  StatisticsObserver::Options options{.n_samples = loss_of(session, pass).n_samples,
+                                      .row_groups = row_groups_of(session, pass, block)};
+  if (pass.with_perturbations) {
+    options.perturbed = &weights;
+    for (const auto& version : pass.perturbed_versions)
+      options.perturbed_versions.push_back(version->read_block(block, session.model().dtype, session.device));
+  }
+  return std::make_unique<StatisticsObserver>(session, calibration, block, options);
+}
+
 MeasureSteps::MeasureSteps(const Session& session, const CalibrationSet& calibration, const MeasurePass& pass)
     : session_(session),
       calibration_(calibration),
       pass_(pass),
       rotary_(model::Rotary::make(session.model(), calibration.tokens.length(), session.device)),
       loss_(loss_of(session, pass)) {}
-
-BlockObserver::Options MeasureSteps::options_of(BlockObserver::Options collected, int64_t block,
-                                                const model::BlockWeights& weights) const {
-  collected.n_samples = loss_.n_samples;
-  if (pass_.with_perturbations) {
-    collected.perturbed = &weights;
-    for (const auto& version : pass_.perturbed_versions)
-      collected.perturbed_versions.push_back(
-          version->read_block(block, session_.model().dtype, session_.device));
-  }
-  if (collected.profiled == nullptr && collected.tuners == nullptr)
-    collected.row_groups =
-        clusters_rows(session_.config.sensitivity) ? pass_.row_groups.at(block) : row_groups_of(session_);
-  return collected;
-}
 
 at::Tensor MeasureSteps::enter(const at::Tensor& embedding, const data::Microbatch& microbatch) const {
   if (pass_.source) return pass_.source(microbatch);

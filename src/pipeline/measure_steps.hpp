@@ -1,12 +1,23 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
-#include <functional>
 #include <isobath/model/head.hpp>
-#include <isobath/pipeline/block_observer.hpp>
 #include <isobath/pipeline/measure.hpp>
+#include <isobath/pipeline/statistics_observer.hpp>
 
 namespace isobath::pipeline {
+
+/// The loss of a pass and how many gradients a microbatch has of it.
+[[nodiscard]] model::LossSpec loss_of(const Session& session, const MeasurePass& pass);
+
+/// Row groups of D and H in a pass: those measured for it, or those that the configuration gives.
+[[nodiscard]] BlockRowGroups row_groups_of(const Session& session, const MeasurePass& pass, int64_t block);
+
+/// All statistics of a block; if the pass scores widths, with the weights to perturb and their versions,
+/// which are read now.
+[[nodiscard]] std::unique_ptr<StatisticsObserver> make_statistics_observer(
+    const Session& session, const CalibrationSet& calibration, const MeasurePass& pass, int64_t block,
+    const model::BlockWeights& weights);
 
 /// What the two orders of a measure pass (1F1B with resident weights, block after block with streamed ones)
 /// do with one microbatch.
@@ -15,11 +26,6 @@ class MeasureSteps {
   MeasureSteps(const Session& session, const CalibrationSet& calibration, const MeasurePass& pass);
 
   [[nodiscard]] const model::LossSpec& loss() const { return loss_; }
-  /// Options of the observer of a block that collects what `collected` says: with the number of gradients,
-  /// the row groups, and if the pass scores widths the weights to perturb, with their versions, which are
-  /// read now.
-  [[nodiscard]] BlockObserver::Options options_of(BlockObserver::Options collected, int64_t block,
-                                                  const model::BlockWeights& weights) const;
   /// Hidden states at the entrance of the first block. embedding: needed without a source.
   [[nodiscard]] at::Tensor enter(const at::Tensor& embedding, const data::Microbatch& microbatch) const;
   [[nodiscard]] at::Tensor forward(const model::BlockWeights& weights, const at::Tensor& input,
@@ -47,10 +53,6 @@ class MeasureSteps {
   return i + 1 == microbatches.size() || microbatches[i + 1].shard != microbatches[i].shard;
 }
 
-/// Takes the observer of a block when all microbatches have gone back through it; may communicate within the
-/// stage.
-using TakeObserver = std::function<void(int64_t block, BlockObserver& observer)>;
-
 /// The pass with streamed weights: every one of `microbatches` (of this replica, ascending) through one block
 /// before the next one is read, forward, then backward.
 ///
@@ -60,16 +62,14 @@ using TakeObserver = std::function<void(int64_t block, BlockObserver& observer)>
 /// Collective over the session's world.
 void sweep_back(const Session& session, const CalibrationSet& calibration, const model::WeightStore& weights,
                 const MeasurePass& pass, const std::vector<data::Microbatch>& microbatches,
-                const BlockObserver::Options& collected, at::Tensor& losses, const TakeObserver& take);
+                const Observation& observation, at::Tensor& losses);
 
 /// The pass over the microbatches of `probe` alone (whole ones of the calibration set, ascending, on every
-/// rank the same), resident or streamed, collecting what `collected` says; `take` gets the observers of this
-/// stage's blocks, on all its replicas in the same order. Collective over the session's world.
+/// rank the same), resident or streamed. Collective over the session's world.
 /// Returns losses [microbatches of all, 3] f64 as above, zero where this rank computed none.
 at::Tensor visit_probe(const Session& session, const CalibrationSet& calibration,
                        const model::WeightStore& weights, const MeasurePass& pass,
-                       const std::vector<data::Microbatch>& probe, const BlockObserver::Options& collected,
-                       const TakeObserver& take);
+                       const std::vector<data::Microbatch>& probe, const Observation& observation);
 
 /// The same for all microbatches of the replica; writes the statistics of each block as soon as it is done.
 void measure_streamed(const Session& session, const CalibrationSet& calibration,

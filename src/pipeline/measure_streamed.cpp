@@ -3,7 +3,6 @@
 
 #include <isobath/core/trace.hpp>
 #include <isobath/report/progress.hpp>
-#include <optional>
 
 #include "kept_states.hpp"
 #include "measure_steps.hpp"
@@ -13,7 +12,7 @@ namespace isobath::pipeline {
 
 void sweep_back(const Session& session, const CalibrationSet& calibration, const model::WeightStore& weights,
                 const MeasurePass& pass, const std::vector<data::Microbatch>& mine,
-                const BlockObserver::Options& collected, at::Tensor& losses, const TakeObserver& take) {
+                const Observation& observation, at::Tensor& losses) {
   const at::NoGradGuard no_grad;
   const comm::Communicator& world = session.world();
   const MeasureSteps steps(session, calibration, pass);
@@ -61,9 +60,9 @@ void sweep_back(const Session& session, const CalibrationSet& calibration, const
   head = {};
 
   // Back through the blocks; each one's statistics are whole when it is left.            one block at a time
-  std::optional<BlockObserver> observer;
+  std::unique_ptr<BlockObserver> observer;
   backward.begin_block = [&](int64_t block, const model::BlockWeights& block_weights) {
-    observer.emplace(session, calibration, block, steps.options_of(collected, block, block_weights));
+    observer = observation.make(block, block_weights);
   };
   backward.step = [&](int64_t block, const model::BlockWeights& block_weights, int64_t item,
                       const at::Tensor& gradient) {
@@ -73,7 +72,7 @@ void sweep_back(const Session& session, const CalibrationSet& calibration, const
   };
   backward.end_block = [&](int64_t block) {
     inputs.forget(block);
-    take(block, *observer);
+    observation.take(block, *observer);
     observer.reset();
     progress.advance();
   };
@@ -85,13 +84,17 @@ void measure_streamed(const Session& session, const CalibrationSet& calibration,
   const StatisticsHeader header = statistics_header(session, calibration, pass.loss);
   const std::vector<data::Microbatch> mine =
       calibration.shards.microbatches_of(session.grid->replica(), session.grid->shape().replicas);
-  sweep_back(session, calibration, weights, pass, mine, {}, losses,
-             [&](int64_t block, BlockObserver& observer) {
-               const trace::Span span("reduce and write statistics", block);
-               const BlockStatistics statistics = observer.reduce();
-               if (session.grid->replica() == observer.root())
-                 write_statistics(pass.directory, block, header, statistics);
-             });
+  const auto observation = Observation::of<StatisticsObserver>(
+      [&](int64_t block, const model::BlockWeights& of_block) {
+        return make_statistics_observer(session, calibration, pass, block, of_block);
+      },
+      [&](int64_t block, StatisticsObserver& observer) {
+        const trace::Span span("reduce and write statistics", block);
+        const BlockStatistics statistics = observer.reduce();
+        if (session.grid->replica() == root_of_block(session, block))
+          write_statistics(pass.directory, block, header, statistics);
+      });
+  sweep_back(session, calibration, weights, pass, mine, observation, losses);
 }
 
 }  // namespace isobath::pipeline

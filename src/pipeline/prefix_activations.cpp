@@ -40,7 +40,7 @@ void PrefixActivations::advance(int set, const model::BlockWeights& weights, int
     switch (set) {
       case 0: {
         const at::Tensor q = apply(Projection::q), k = apply(Projection::k), v = apply(Projection::v);
-        inner = model::attend(session_.model(), rotary_, q, k, v).out;
+        inner = model::attend(session_.model(), rotary_, weights, q, k, v).out;
         break;
       }
       case 1:

@@ -155,6 +155,10 @@ class QuantizePass {
     };
     share(arriving_.weights.input_norm, {model.d_model});
     share(arriving_.weights.post_attention_norm, {model.d_model});
+    if (model.head_norms) {
+      share(arriving_.weights.q_norm, {model.head_dim});
+      share(arriving_.weights.k_norm, {model.head_dim});
+    }
     for (int p = 0; p < model::kProjections; ++p) {
       const model::ModuleShape shape = model::module_shape(model, static_cast<Projection>(p));
       model::Linear& linear = arriving_.weights[static_cast<Projection>(p)];

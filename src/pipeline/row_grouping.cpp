@@ -6,6 +6,7 @@
 #include <isobath/core/timer.hpp>
 #include <isobath/core/trace.hpp>
 #include <isobath/pipeline/drift.hpp>
+#include <isobath/pipeline/row_profile_observer.hpp>
 #include <isobath/pipeline/share.hpp>
 #include <isobath/pipeline/statistics_files.hpp>
 #include <nlohmann/json.hpp>
@@ -63,15 +64,19 @@ std::map<int64_t, BlockRowGroups> measure_row_groups(const Session& session,
   std::map<int64_t, BlockRowGroups> found;
   at::Tensor deviations =
       at::zeros({session.model().n_blocks, model::kProjections, kDeviations}, at::kDouble);
-  visit_probe(session, calibration, weights, pass, probe, {.profiled = &probe},
-              [&](int64_t block, BlockObserver& observer) {
-                for (int p = 0; p < model::kProjections; ++p) {
-                  const auto projection = static_cast<model::Projection>(p);
-                  const at::Tensor profiles = observer.reduce_profile(projection);
-                  found[block][static_cast<size_t>(p)] = cluster_on_root(
-                      session, profiles, observer.root(), block, projection, deviations[block][p]);
-                }
-              });
+  const auto observation = Observation::of<RowProfileObserver>(
+      [&](int64_t block, const model::BlockWeights&) {
+        return std::make_unique<RowProfileObserver>(session, calibration, block, probe);
+      },
+      [&](int64_t block, RowProfileObserver& observer) {
+        for (int p = 0; p < model::kProjections; ++p) {
+          const auto projection = static_cast<model::Projection>(p);
+          found[block][static_cast<size_t>(p)] =
+              cluster_on_root(session, observer.reduce(projection), root_of_block(session, block), block,
+                              projection, deviations[block][p]);
+        }
+      });
+  (void)visit_probe(session, calibration, weights, pass, probe, observation);
   share_disjoint(deviations, session.world());
   const auto of_all = deviations.select(2, kOfAll).sum().item<double>(),
              within = deviations.select(2, kWithin).sum().item<double>();

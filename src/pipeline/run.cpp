@@ -300,8 +300,8 @@ void run(const config::RunConfig& given, const std::vector<Stage>& stages, bool 
     return_free_memory();
     // The scales again, all at once, by the loss of the whole model                      model/, once more
     if (!is_whole(quantized)) {
-      closing.tuned =
-          tune_scales(session, calibration, std::move(weights), untuned, directory.path(), events);
+      closing.tuned = tune_scales(session, calibration, std::move(weights), untuned, directory.path(),
+                                  fingerprint, events);
       if (contains(stages, Stage::evaluate)) weights = open_weights(session, session.source);
       prediction.record("tune", closing.tuned->wall_s, events);
       return_free_memory();

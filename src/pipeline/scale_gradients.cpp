@@ -30,6 +30,10 @@ ScaleGradients::ScaleGradients(const Session& session, const CalibrationSet& cal
     modules_.emplace(projection, Module{comm::TreeSum(of_leaves, session.grid->replica()), {}});
 }
 
+void ScaleGradients::begin(const data::Microbatch& microbatch, int64_t /*sample*/) {
+  shard_ = microbatch.shard;
+}
+
 void ScaleGradients::observe(model::Projection projection, const at::Tensor& x, const at::Tensor& gradient) {
   const auto found = modules_.find(projection);
   if (found == modules_.end()) return;
@@ -39,8 +43,9 @@ void ScaleGradients::observe(model::Projection projection, const at::Tensor& x, 
   shard = shard.defined() ? shard.add_(of_scales) : of_scales;
 }
 
-void ScaleGradients::close(int64_t shard) {
-  const int64_t leaf = std::ranges::find(shards_, shard) - shards_.begin();
+void ScaleGradients::finish_microbatch(bool is_last_of_shard) {
+  if (!is_last_of_shard) return;
+  const int64_t leaf = std::ranges::find(shards_, shard_) - shards_.begin();
   for (auto& [projection, module] : modules_)
     module.tree.add(leaf, std::exchange(module.shard, {}).contiguous());
 }

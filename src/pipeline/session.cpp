@@ -10,6 +10,7 @@
 #include <isobath/kernels/cpu.hpp>
 #include <isobath/model/balance.hpp>
 #include <isobath/pipeline/schedule.hpp>
+#include <isobath/pipeline/validate.hpp>
 #include <isobath/sensitivity/token_weights.hpp>
 #include <set>
 
@@ -142,6 +143,7 @@ Session open_session(const config::RunConfig& config, int64_t n_microbatches,
   const comm::Communicator node = world.node();
   world.agree_on([&] {
     session.source = std::make_shared<const model::CheckpointReader>(config.model);
+    require_attended(config, session.model());
     session.device = comm::select_device(config.ranks.device, node);
     session.dtype = choose_dtype(config, session.source->config(), session.device);
   });

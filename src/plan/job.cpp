@@ -6,6 +6,14 @@
 #include <isobath/quant/row_solver.hpp>
 
 namespace isobath::plan {
+namespace {
+
+// A group that does not divide is refused by `check` and by the run; here it must not end the plan.
+int64_t group_of(const config::ModuleChoice& choice, int64_t columns) {
+  return choice.group > 0 && columns % choice.group == 0 ? choice.group : 0;
+}
+
+}  // namespace
 
 int Layout::stage_of(int64_t block) const {
   for (size_t stage = 0; stage < blocks.size(); ++stage)
@@ -96,6 +104,19 @@ int64_t Job::units_of_root(int set) const {
   return (units_of(set) + layout.n_ranks() - 1) / layout.n_ranks();
 }
 
+double Job::scales_of_block(int64_t block) const {
+  double scales = 0;
+  for (int p = 0; p < model::kProjections; ++p) {
+    const auto projection = static_cast<model::Projection>(p);
+    const auto choice = config::choice_for(config.quantization, model::module_name(block, projection));
+    if (!choice.quantized) continue;
+    const auto shape = model::module_shape(model, projection);
+    const int64_t group = group_of(choice, shape.columns);
+    scales += static_cast<double>(shape.rows * (group > 0 ? shape.columns / group : 1));
+  }
+  return scales;
+}
+
 double Job::quantized_block_bytes(int64_t block, int bits) const {
   double bytes = 2 * shapes.d * static_cast<double>(c10::elementSize(model.dtype));
   for (int p = 0; p < model::kProjections; ++p) {
@@ -103,8 +124,7 @@ double Job::quantized_block_bytes(int64_t block, int bits) const {
     const auto choice = config::choice_for(config.quantization, model::module_name(block, projection));
     const auto shape = model::module_shape(model, projection);
     const double n_weights = static_cast<double>(shape.rows) * static_cast<double>(shape.columns);
-    // A group that does not divide is refused by `check` and by the run; here it must not end the plan.
-    const int64_t group = choice.group > 0 && shape.columns % choice.group == 0 ? choice.group : 0;
+    const int64_t group = group_of(choice, shape.columns);
     bytes +=
         n_weights / 8 *
         (choice.quantized ? quant::bits_per_weight(shape.columns, {.bits = bits > 0 ? bits : choice.bits,

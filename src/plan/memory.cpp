@@ -305,9 +305,10 @@ RankMemory tune_memory(const Job& job, int stage) {
   std::erase_if(memory.items, [](const RankMemory::Item& item) {
     return item.name == "D" || item.name == "scored widths" || item.name == "H of the original model";
   });
-  const double n_blocks = static_cast<double>(job.layout.blocks[static_cast<size_t>(stage)].size());
-  const double weights = n_blocks * job.shapes.block_linears,
-               scales = weights / std::max<double>(1, static_cast<double>(job.config.quantization.group));
+  const Range blocks = job.layout.blocks[static_cast<size_t>(stage)];
+  const double weights = static_cast<double>(blocks.size()) * job.shapes.block_linears;
+  double scales = 0;
+  for (int64_t block = blocks.begin; block < blocks.end; ++block) scales += job.scales_of_block(block);
   // Codes; of a scale its value, where it started, its logarithm and the two means of its gradient.
   const double stored = static_cast<double>(c10::elementSize(job.model.dtype));
   memory.items.push_back({"codes and scales", weights + (stored + 1 + 16) * scales});

@@ -93,6 +93,11 @@ DiskNeed disk_need(const Job& job) {
         disk.restatistics_bytes += (n_blocks - static_cast<double>(at)) * job.token_weight_bytes();
   }
   if (job.uses_covariance()) disk.generation_bytes = job.hidden_bytes();
+  if (job.tunes()) {  // what a scale became, and the two means of its gradient
+    double scales = 0;
+    for (int64_t block = 0; block < job.model.n_blocks; ++block) scales += job.scales_of_block(block);
+    disk.generation_bytes = std::max(disk.generation_bytes, 12 * scales);
+  }
   disk.keep = static_cast<double>(job.config.checkpoint.keep);
   disk.scratch_bytes = scratch_bytes(job);
   return disk;

@@ -15,7 +15,7 @@ constexpr double kTera = 1e12, kGiga = 1e9, kMicro = 1e-6;
 // views 5; backward: what the linears saw 3, gradients of norms, gate and attention 8, seven linears, sums 5.
 // ATen: two norms (7 each), seven linears, two rotations (7 each), attention 1, residuals, views and gate 6;
 // backward: norms 14 + 32, gate 18, attention again and its gradients 48, seven linears, sums 4.
-// BlockObserver 20 a linear.
+// StatisticsObserver 20 a linear.
 constexpr double kForwardOperations = 20, kBackwardOperations = 23, kAtenForwardOperations = 42,
                  kAtenBackwardOperations = 123, kObserverOperations = 20;
 

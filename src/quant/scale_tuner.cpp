@@ -1,7 +1,9 @@
 #include <isobath/quant/scale_tuner.hpp>
 
 #include <ATen/ATen.h>
+#include <fmt/ranges.h>
 
+#include <array>
 #include <cmath>
 #include <isobath/core/error.hpp>
 
@@ -53,7 +55,28 @@ void ScaleTuner::step(const at::Tensor& gradient, double rate) {
   const at::Tensor direction = (mean_ / (1 - std::pow(kDecayOfMean, n))) /
                                ((mean_square_ / (1 - std::pow(kDecayOfSquare, n))).sqrt_().add_(kEpsilon));
   logarithm_.sub_(direction, rate);
+  set_scales();
+}
+
+void ScaleTuner::set_scales() {
   matrix_.scale.copy_(first_scale_ * logarithm_.exp());
+}
+
+at::Tensor ScaleTuner::state() const {
+  return at::stack({logarithm_, mean_, mean_square_}).to(at::kCPU);
+}
+
+void ScaleTuner::restore(const at::Tensor& state, int64_t n_steps) {
+  const std::array<int64_t, 3> shape{3, first_scale_.size(0), first_scale_.size(1)};
+  if (state.sizes() != at::IntArrayRef(shape) || state.scalar_type() != at::kFloat)
+    fail<CheckpointError>("a saved state of tuned scales is [{}] {}, expected [{}] float",
+                          fmt::join(state.sizes(), ", "), c10::toString(state.scalar_type()),
+                          fmt::join(shape, ", "));
+  logarithm_.copy_(state[0]);
+  mean_.copy_(state[1]);
+  mean_square_.copy_(state[2]);
+  n_steps_ = n_steps;
+  set_scales();
 }
 
 }  // namespace isobath::quant

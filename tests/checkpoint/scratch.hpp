@@ -84,6 +84,9 @@ inline RunState state_of(int64_t step) {
   state.bits = {{"model.layers.0.mlp.down_proj", 4}, {"model.layers.0.mlp.up_proj", 3}};
   state.module_records = {R"({"module": "a", "bits": 3})", std::string("with \0 inside", 13)};
   state.reestimations = {R"({"block": 2, "cosine": 0.5})"};
+  state.next_step = 3 * step;
+  state.epoch_kl = {0.1, 1.0 / 3};
+  state.epoch_tokens = {4096, 512};
   return state;
 }
 
@@ -108,6 +111,9 @@ inline void expect_step(const Generation& generation, int64_t step) {
   EXPECT_EQ(found.bits, expected.bits);
   EXPECT_EQ(found.module_records, expected.module_records);
   EXPECT_EQ(found.reestimations, expected.reestimations);
+  EXPECT_EQ(found.next_step, expected.next_step);
+  EXPECT_EQ(found.epoch_kl, expected.epoch_kl);
+  EXPECT_EQ(found.epoch_tokens, expected.epoch_tokens);
   for (int index = 0; index < kTensors; ++index) {
     EXPECT_TRUE(generation.contains(tensor_name(index))) << index;
     EXPECT_TRUE(at::equal(generation.read(tensor_name(index)), tensor_of(index, step))) << index;

@@ -33,6 +33,8 @@ at::Tensor random_normal(at::IntArrayRef shape, uint64_t seed) {
 BlockWeights random_block(const ModelConfig& config) {
   BlockWeights weights{.input_norm = random_normal({config.d_model}, 100),
                        .post_attention_norm = random_normal({config.d_model}, 101),
+                       .q_norm = {},
+                       .k_norm = {},
                        .linears = {}};
   for (int p = 0; p < kProjections; ++p) {
     const ModuleShape shape = module_shape(config, static_cast<Projection>(p));
@@ -82,7 +84,7 @@ TEST(Attend, EqualsLoopsOverHeadsAndPositions) {
     return out;
   };
 
-  const at::Tensor mixed = attend(config, rotary, q, k, v).out;
+  const at::Tensor mixed = attend(config, rotary, {}, q, k, v).out;
 
   for (int64_t head = 0; head < 4; ++head) {
     const int64_t kv = head / 2;
@@ -128,7 +130,7 @@ at::Tensor literal_block(const ModelConfig& config, const Rotary& rotary, const 
   const at::Tensor normed = norm(x, weights.input_norm);
   const at::Tensor q = linear(Projection::q, normed), k = linear(Projection::k, normed),
                    v = linear(Projection::v, normed);
-  const at::Tensor middle = x + linear(Projection::o, attend(config, rotary, q, k, v).out);
+  const at::Tensor middle = x + linear(Projection::o, attend(config, rotary, weights, q, k, v).out);
   const at::Tensor middle_normed = norm(middle, weights.post_attention_norm);
   const at::Tensor gate = linear(Projection::gate, middle_normed), up = linear(Projection::up, middle_normed);
   return middle + linear(Projection::down, gate * gate.sigmoid() * up);

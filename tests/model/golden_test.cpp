@@ -1,5 +1,5 @@
-// Against what transformers computed in f32 (tests/data/make_tiny_llama_golden.py; versions in the golden
-// files' metadata).
+// Against what transformers computed in f32 (tests/data/make_tiny_golden.py; versions in the golden files'
+// metadata).
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
@@ -27,14 +27,14 @@ double relative_distance(const at::Tensor& found, const at::Tensor& expected) {
   return ((found - expected).norm() / expected.norm()).item<double>();
 }
 
-class TinyLlama : public testing::TestWithParam<std::string> {
+class TinyModel : public testing::TestWithParam<std::string> {
  protected:
-  std::filesystem::path directory_ = std::filesystem::path(ISOBATH_TEST_DATA) / ("tiny_llama_" + GetParam());
+  std::filesystem::path directory_ = std::filesystem::path(ISOBATH_TEST_DATA) / ("tiny_" + GetParam());
   CheckpointReader checkpoint_{directory_};
   io::SafetensorsReader golden_{directory_ / "golden.safetensors"};
 };
 
-TEST_P(TinyLlama, LogitsAndLossEqualTransformers) {
+TEST_P(TinyModel, LogitsAndLossEqualTransformers) {
   const Probe probe = probe_gradients(checkpoint_, golden_.read("tokens"), at::kFloat);
 
   EXPECT_LE(max_relative_error(probe.logits, golden_.read("logits")), kMaxLogitsError);
@@ -42,7 +42,7 @@ TEST_P(TinyLlama, LogitsAndLossEqualTransformers) {
   EXPECT_NEAR(probe.nll_sum, expected, kMaxLossError * expected);
 }
 
-TEST_P(TinyLlama, GradientsAtEveryLinearEqualTransformers) {
+TEST_P(TinyModel, GradientsAtEveryLinearEqualTransformers) {
   const Probe probe = probe_gradients(checkpoint_, golden_.read("tokens"), at::kFloat);
 
   EXPECT_EQ(static_cast<int64_t>(probe.gradients.size()), checkpoint_.config().n_blocks * kProjections + 1);
@@ -51,14 +51,14 @@ TEST_P(TinyLlama, GradientsAtEveryLinearEqualTransformers) {
   }
 }
 
-TEST_P(TinyLlama, Bf16StaysNearF32) {
+TEST_P(TinyModel, Bf16StaysNearF32) {
   const Probe probe = probe_gradients(checkpoint_, golden_.read("tokens"), at::kBFloat16);
 
   EXPECT_LE(max_relative_error(probe.logits, golden_.read("logits")), kMaxBf16LogitsError);
   EXPECT_EQ(probe.gradients.at("hidden").scalar_type(), at::kBFloat16);
 }
 
-TEST_P(TinyLlama, RotaryAnglesEqualTransformersBitForBit) {
+TEST_P(TinyModel, RotaryAnglesEqualTransformersBitForBit) {
   constexpr int64_t kLength = 7;
   const Rotary rotary = Rotary::make(checkpoint_.config(), kLength, at::kCPU);
 
@@ -68,7 +68,8 @@ TEST_P(TinyLlama, RotaryAnglesEqualTransformersBitForBit) {
   EXPECT_TRUE(at::equal(rotary.sin, at::cat({angles, angles}, 1).sin()));
 }
 
-INSTANTIATE_TEST_SUITE_P(Variants, TinyLlama, testing::Values("a", "b"),
+INSTANTIATE_TEST_SUITE_P(Variants, TinyModel,
+                         testing::Values("llama_a", "llama_b", "mistral", "qwen2", "qwen3"),
                          [](const auto& variant) { return variant.param; });
 
 }  // namespace

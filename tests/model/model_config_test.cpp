@@ -56,7 +56,8 @@ TEST_F(ModelConfigFile, FillsAbsentKeysAsTransformersDoes) {
   EXPECT_EQ(config.head_dim, 16);
   EXPECT_EQ(config.rope.theta, 10000.0);
   EXPECT_EQ(config.rope.type, RopeConfig::Type::standard);
-  EXPECT_FALSE(config.tied_embeddings || config.attention_bias || config.mlp_bias);
+  EXPECT_FALSE(config.tied_embeddings || config.qkv_bias || config.o_bias || config.mlp_bias);
+  EXPECT_FALSE(config.head_norms || config.sliding_window);
   EXPECT_EQ(config.bos_token, 1);
 }
 
@@ -102,7 +103,49 @@ TEST_F(ModelConfigFile, NamesTheSupportedArchitectures) {
   const std::string message = complaint(R"("architectures": ["MambaForCausalLM"])", "architectures");
 
   EXPECT_TRUE(mentions(message, "MambaForCausalLM")) << message;
-  EXPECT_TRUE(mentions(message, "LlamaForCausalLM")) << message;
+  for (const char* name : {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
+    EXPECT_TRUE(mentions(message, name)) << message;
+}
+
+TEST_F(ModelConfigFile, ReadsWhatSetsMistralApart) {
+  const std::string given = R"("architectures": ["MistralForCausalLM"], "num_key_value_heads": 2)";
+  EXPECT_EQ(read(given, "architectures").sliding_window, 4096);
+  EXPECT_EQ(read(given + R"(, "sliding_window": 128)", "architectures").sliding_window, 128);
+  const ModelConfig config =
+      read(given + R"(, "sliding_window": null, "attention_bias": true, "mlp_bias": true)", "architectures");
+  EXPECT_FALSE(config.sliding_window);
+  EXPECT_FALSE(config.qkv_bias || config.o_bias || config.mlp_bias)
+      << "keys that MistralConfig does not know";
+}
+
+TEST_F(ModelConfigFile, ReadsWhatSetsQwen2Apart) {
+  const std::string given =
+      R"("architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 2, "sliding_window": 128)";
+  const ModelConfig config = read(given, "architectures");
+  EXPECT_TRUE(config.qkv_bias);
+  EXPECT_FALSE(config.o_bias || config.mlp_bias || config.head_norms || config.sliding_window);
+  EXPECT_EQ(config.bos_token, std::nullopt);
+  EXPECT_TRUE(module_shape(config, Projection::k).has_bias);
+  EXPECT_FALSE(module_shape(config, Projection::o).has_bias);
+  EXPECT_EQ(read(given + R"(, "use_sliding_window": true)", "architectures").sliding_window, 128);
+}
+
+TEST_F(ModelConfigFile, ReadsWhatSetsQwen3Apart) {
+  const std::string given = R"("architectures": ["Qwen3ForCausalLM"], "num_key_value_heads": 2)";
+  const ModelConfig config = read(given + R"(, "head_dim": 32)", "architectures");
+  EXPECT_TRUE(config.head_norms);
+  EXPECT_EQ(config.head_dim, 32);
+  EXPECT_FALSE(config.qkv_bias || config.o_bias);
+  EXPECT_TRUE(read(given + R"(, "head_dim": 32, "attention_bias": true)", "architectures").o_bias);
+  EXPECT_TRUE(mentions(complaint(given, "architectures"), "head_dim"));
+}
+
+TEST_F(ModelConfigFile, AsksForKeyValueHeadsWhereTheirDefaultIsOneModels) {
+  for (const char* name : {"MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
+    EXPECT_TRUE(
+        mentions(complaint(fmt::format(R"("architectures": ["{}"], "head_dim": 16)", name), "architectures"),
+                 "num_key_value_heads"))
+        << name;
 }
 
 TEST_F(ModelConfigFile, NamesAMissingKey) {

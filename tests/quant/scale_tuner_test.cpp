@@ -93,6 +93,24 @@ TEST(ScaleTuner, ApproachesTheScalesOfAKnownOptimum) {
   EXPECT_LT(distance(), 1e-3 * before);
 }
 
+TEST(ScaleTuner, GoesOnFromASavedStateBitByBit) {
+  const QuantizedMatrix matrix = random_matrix(true, at::kBFloat16, 58);
+  auto generator = test_generator(59);
+  ScaleTuner undisturbed(matrix), saved(matrix), resumed(matrix);
+  const auto step = [&](auto... tuners) {
+    const at::Tensor gradient = at::randn(matrix.scale.sizes(), generator);
+    (tuners->step(gradient, 0.01), ...);
+  };
+  for (int i = 0; i < 3; ++i) step(&undisturbed, &saved);
+  resumed.restore(saved.state(), 3);
+  EXPECT_TRUE(at::equal(resumed.matrix().scale, undisturbed.matrix().scale));
+  for (int i = 0; i < 3; ++i) step(&undisturbed, &resumed);
+  EXPECT_TRUE(at::equal(resumed.matrix().scale, undisturbed.matrix().scale));
+  EXPECT_TRUE(at::equal(resumed.state(), undisturbed.state()));
+  EXPECT_THROW(resumed.restore(saved.state().slice(1, 1), 3), CheckpointError);
+  EXPECT_THROW(resumed.restore(saved.state().to(at::kDouble), 3), CheckpointError);
+}
+
 TEST(ScaleTuner, StoresWhatALoaderReadsAndRefusesWhatIsNotFinite) {
   ScaleTuner tuner(random_matrix(false, at::kBFloat16, 57));
   tuner.step(at::ones(tuner.matrix().scale.sizes()), 0.01);

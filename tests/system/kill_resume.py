@@ -76,14 +76,23 @@ for variant, settings in VARIANTS.items():
                 run_well(config, stages=2, settings=settings, resume=True)
                 assert_same_bytes(expected, result_digests(output), f"{variant}, killed after the last block")
                 break
-        # The codes are there and scales are tuned, or the tuned model is written.
-        for attempt in range(KILLS if settings is TUNED else 0):
+        # The codes are there and scales are tuned, or the tuned model is written; the generations after those of the blocks
+        # are its steps'.
+        continued = 0
+        for attempt in range(2 * KILLS if settings is TUNED else 0):
             name = f"tuning-{attempt}"
             output, config = space.path / name, space.config(name)
-            if kill_once(config, output, duration / 10, settings, resume=False, landmark="model.untuned/config.json"):
-                run_well(config, stages=1, replicas=2, settings=settings, resume=True)
+            landmark = f"checkpoint/gen-{BLOCKS + 1 + attempt // 2:06}" if attempt % 2 else "model.untuned/config.json"
+            if kill_once(config, output, duration / 10, settings, resume=False, landmark=landmark):
+                saved = [int(path.name[4:]) for path in (output / "checkpoint").glob("gen-*[0-9]")]
+                was_tuning = max(saved, default=0) > BLOCKS and not (output / "model").exists()
+                job = run_well(config, stages=1, replicas=2, settings=settings, resume=True)
                 assert_same_bytes(expected, result_digests(output), f"{variant}, killed while scales were tuned")
                 assert not (output / "model.untuned").exists(), "the untuned model was kept"
+                if was_tuning:
+                    assert "resuming the tuning of scales at step" in job.stderr, job.stderr
+                    continued += 1
+        assert continued > 0 or settings is not TUNED, "of all kills none met a saved step of the tuning"
         # Resuming what is finished changes nothing.
         run_well(undisturbed, stages=2, settings=settings, resume=True)
         assert_same_bytes(expected, result_digests(space.path / "undisturbed"), "resumed after the end")

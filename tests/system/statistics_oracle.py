@@ -11,7 +11,7 @@ from isobath_system import DEVICE, ENVIRONMENT, binary, write_safetensors
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SEQUENCES, LENGTH, VOCAB = 6, 40, 256
 
-for model, grouping in (("tiny_llama_a", "index"), ("tiny_llama_b", "index"), ("tiny_llama_b", "cluster")):
+for model, grouping in (("tiny_llama_a", "index"), ("tiny_llama_b", "index"), ("tiny_llama_b", "cluster"), ("tiny_qwen3", "head")):
     with tempfile.TemporaryDirectory(prefix="isobath-oracle-") as folder:
         folder = pathlib.Path(folder)
         generator = numpy.random.default_rng(5)

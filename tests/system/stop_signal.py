@@ -4,7 +4,7 @@ import os
 import signal
 import time
 
-from isobath_system import Job, Workspace, assert_same_bytes, result_digests, run_well, seeded_random
+from isobath_system import BLOCKS, TUNED, Job, Workspace, assert_same_bytes, result_digests, run_well, seeded_random
 
 STOPS = 3
 LONGEST_STOP_S = 30
@@ -52,3 +52,25 @@ with Workspace() as space:
         assert_same_bytes(expected, result_digests(output), f"after {stops_here} stops")
         stopped += stops_here > 0
     assert stopped == STOPS, f"only {stopped} of {STOPS} runs were stopped before they ended"
+
+# While scales are tuned: the steps so far are kept, and the next job goes on from them.
+with Workspace() as space:
+    undisturbed = space.config("undisturbed")
+    run_well(undisturbed, stages=2, settings=TUNED)
+    expected = result_digests(space.path / "undisturbed")
+    for attempt in range(STOPS):
+        output, config = space.path / f"tuned-{attempt}", space.config(f"tuned-{attempt}")
+        job = Job(config, stages=2, settings=TUNED)
+        # The generation after those of the blocks holds the first step.
+        if job.wait_for(lambda: (output / f"checkpoint/gen-{BLOCKS + 1:06}").exists()):
+            os.kill(job.process.pid, signal.SIGUSR1)
+        job.wait(LONGEST_STOP_S)
+        if "of the tuning; `--resume` continues there" not in job.stderr:
+            continue  # the signal met a later stage
+        assert job.code == 75, f"exit code {job.code} after SIGUSR1:\n{job.stderr}"
+        resumed = run_well(config, replicas=2, settings=TUNED, resume=True)
+        assert "resuming the tuning of scales at step" in resumed.stderr, resumed.stderr
+        assert_same_bytes(expected, result_digests(output), "stopped while scales were tuned")
+        break
+    else:
+        raise AssertionError(f"of {STOPS} signals none met the tuning of scales")

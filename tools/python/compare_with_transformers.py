@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compares isobath's model with transformers on a Hugging Face model directory, both in f32.
 
-Runs the C++ probe on seeded random tokens, runs LlamaForCausalLM with autograd on the same, and prints the largest
+Runs the C++ probe on seeded random tokens, runs transformers with autograd on the same, and prints the largest
 differences of the logits, of the summed loss, and of its gradient at the output of every linear.
 
   logits    max |a - b| / max |b|     tolerance 1e-4
@@ -48,7 +48,7 @@ def run_probe(probe, model_dir, tokens):
 
 
 def run_transformers(model_dir, tokens):
-    model = transformers.LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     model.requires_grad_(False)
     outputs = {}
 

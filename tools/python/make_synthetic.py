@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes a random bf16 Llama checkpoint of any shape, and random token files: for timing and memory, not for quality.
+"""Writes a random bf16 checkpoint of any supported architecture and shape, and random token files: for timing and memory, not for quality.
 
   make_synthetic.py --shape configs/models/llama-3.1-70b/config.json --blocks 2 --vocab 4096 --output models/synthetic
   make_synthetic.py --tokens data/random.safetensors --sequences 16 --length 512 --vocab 4096
@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 
 PIECE_VALUES = 1 << 22  # drawn at once: 16 MiB of f32
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 SHARD_BYTES = 4 << 30   # a shard is closed when the next tensor would exceed it
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", type=Path, help="config.json of the architecture (LlamaForCausalLM)")
+    parser.add_argument("--shape", type=Path, help="config.json of a supported architecture")
     parser.add_argument("--output", type=Path, help="model directory to write; must not exist")
     parser.add_argument("--blocks", type=int, default=0, help="transformer blocks; 0: as in the shape")
     parser.add_argument("--vocab", type=int, default=0, help="vocabulary; 0: as in the shape")
@@ -47,9 +48,9 @@ def parse_arguments():
 
 def read_shape(arguments):
     config = json.loads(arguments.shape.read_text(encoding="utf-8"))
-    if config.get("architectures") != ["LlamaForCausalLM"]:
-        raise SystemExit(f"make_synthetic.py: {arguments.shape}: expected architectures [\"LlamaForCausalLM\"], found "
-                         f"{config.get('architectures')}; only Llama shapes can be written")
+    if (config.get("architectures") or [None])[0] not in ARCHITECTURES:
+        raise SystemExit(f"make_synthetic.py: {arguments.shape}: expected architectures [NAME] of {', '.join(ARCHITECTURES)}, "
+                         f"found {config.get('architectures')}")
     config["num_hidden_layers"] = arguments.blocks or config["num_hidden_layers"]
     config["vocab_size"] = arguments.vocab or config["vocab_size"]
     # Special tokens of a larger vocabulary would be out of range.
@@ -68,22 +69,36 @@ def tensors_of(config):
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or d // heads
     d_query, d_key = heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
+    architecture = config["architectures"][0]
     residual = 1 / math.sqrt(2 * blocks)
     yield "model.embed_tokens.weight", (config["vocab_size"], d), 0.02
     for block in range(blocks):
         prefix = f"model.layers.{block}."
         yield prefix + "input_layernorm.weight", (d,), None
         yield prefix + "post_attention_layernorm.weight", (d,), None
+        if architecture == "Qwen3ForCausalLM":
+            yield prefix + "self_attn.q_norm.weight", (head_dim,), None
+            yield prefix + "self_attn.k_norm.weight", (head_dim,), None
         for part, name, rows, columns, scale in (
                 ("self_attn", "q_proj", d_query, d, 1.0), ("self_attn", "k_proj", d_key, d, 1.0),
                 ("self_attn", "v_proj", d_key, d, 1.0), ("self_attn", "o_proj", d, d_query, residual),
                 ("mlp", "gate_proj", f, d, 1.0), ("mlp", "up_proj", f, d, 1.0), ("mlp", "down_proj", d, f, residual)):
             yield f"{prefix}{part}.{name}.weight", (rows, columns), scale / math.sqrt(columns)
-            if config.get("attention_bias" if part == "self_attn" else "mlp_bias"):
+            if has_bias(config, name):
                 yield f"{prefix}{part}.{name}.bias", (rows,), 0.0
     yield "model.norm.weight", (d,), None
     if not config.get("tie_word_embeddings"):
         yield "lm_head.weight", (config["vocab_size"], d), 1 / math.sqrt(d)
+
+
+def has_bias(config, name):
+    """As include/isobath/model/model_config.hpp reads it."""
+    architecture = config["architectures"][0]
+    if name in ("gate_proj", "up_proj", "down_proj"):
+        return architecture == "LlamaForCausalLM" and bool(config.get("mlp_bias"))
+    if architecture == "Qwen2ForCausalLM":
+        return name != "o_proj"
+    return architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM") and bool(config.get("attention_bias"))
 
 
 def to_bf16(values):

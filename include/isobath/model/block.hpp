@@ -17,6 +17,7 @@ struct Linear {
 struct BlockWeights {
   at::Tensor input_norm;           ///< [d_model]
   at::Tensor post_attention_norm;  ///< [d_model]
+  at::Tensor q_norm, k_norm;       ///< [head_dim]; undefined without ModelConfig::head_norms
   std::array<Linear, kProjections> linears;
   [[nodiscard]] Linear& operator[](Projection p) { return linears[static_cast<int>(p)]; }
   [[nodiscard]] const Linear& operator[](Projection p) const { return linears[static_cast<int>(p)]; }
@@ -35,22 +36,24 @@ struct Rotary {
 // The steps of a block, so that the quantization pass can stop between input sets. The norms and the gate are
 // `kernels::rms_norm` and `kernels::gated`.
 
-/// Rotary embedding and causal attention. q [b, T, n_heads*head_dim], k and v [b, T, n_kv_heads*head_dim] ->
-/// out [b, T, n_heads*head_dim]. `kernels::attention` where the machine has it, otherwise SDPA and undefined
-/// log_sums; the latter is differentiable by autograd.
+/// The norms of heads where the model has them, rotary embedding and causal attention. q [b, T,
+/// n_heads*head_dim], k and v [b, T, n_kv_heads*head_dim] -> out [b, T, n_heads*head_dim].
+/// `kernels::attention` where the machine has it, otherwise SDPA and undefined log_sums; the latter is
+/// differentiable by autograd.
 [[nodiscard]] kernels::AttentionOutput attend(const ModelConfig& config, const Rotary& rotary,
-                                              const at::Tensor& q, const at::Tensor& k, const at::Tensor& v);
+                                              const BlockWeights& weights, const at::Tensor& q,
+                                              const at::Tensor& k, const at::Tensor& v);
 /// Gradients of `attend` for ∂L/∂out. `forward` is what it returned for these inputs.
 [[nodiscard]] kernels::AttentionGradients attend_backward(const ModelConfig& config, const Rotary& rotary,
-                                                          const at::Tensor& q, const at::Tensor& k,
-                                                          const at::Tensor& v,
+                                                          const BlockWeights& weights, const at::Tensor& q,
+                                                          const at::Tensor& k, const at::Tensor& v,
                                                           const kernels::AttentionOutput& forward,
                                                           const at::Tensor& gradient);
 
 /// What the backward pass of a block needs of its forward pass; compute dtype, [b, T, ..] each.
 struct BlockActivations {
   at::Tensor input;                   ///< of the block
-  at::Tensor q, k, v;                 ///< before the rotation
+  at::Tensor q, k, v;                 ///< before norms of heads and rotation
   kernels::AttentionOutput attended;  ///< input of o, and log_sums
   at::Tensor middle;                  ///< after the first residual sum
   at::Tensor gate, up;

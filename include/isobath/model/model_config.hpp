@@ -35,13 +35,19 @@ struct RopeConfig {
   int64_t original_max_position = 8192;
 };
 
-/// What config.json says of a Llama-family model.
+/// What config.json says of a model whose blocks are Llama's, or nearly.
 struct ModelConfig {
-  std::string architecture;  ///< "LlamaForCausalLM"
+  std::string
+      architecture;  ///< "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM" or "Qwen3ForCausalLM"
   int64_t vocab_size = 0, d_model = 0, d_ff = 0, n_blocks = 0, n_heads = 0, n_kv_heads = 0, head_dim = 0;
   int64_t max_position = 0;
   double rms_eps = 1e-5;
-  bool tied_embeddings = false, attention_bias = false, mlp_bias = false;
+  bool tied_embeddings = false;
+  bool qkv_bias = false, o_bias = false, mlp_bias = false;
+  bool head_norms = false;  ///< each head of q and k goes through an RMSNorm before it is rotated (Qwen3)
+  /// Tokens that a token attends to at most, itself included; none: all before it. Longer sequences are
+  /// refused (pipeline/validate.hpp).
+  std::optional<int64_t> sliding_window;
   RopeConfig rope;
   at::ScalarType dtype = at::ScalarType::BFloat16;  ///< of the checkpoint
   std::optional<int64_t> bos_token;

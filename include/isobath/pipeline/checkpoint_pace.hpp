@@ -3,9 +3,9 @@
 
 namespace isobath::pipeline {
 
-/// When a pass over blocks saves its state: after every so many blocks, or (every_blocks 0: auto) after the
-/// first block behind which saving costs no more than kShare of the time since the last time. Pure; the ranks
-/// agree on what the first one finds.
+/// When a pass over blocks (or steps of the tuning) saves its state: after every so many blocks, or
+/// (every_blocks 0: auto) after the first block behind which saving costs no more than kShare of the time
+/// since the last time. Pure; the ranks agree on what the first one finds.
 class CheckpointPace {
  public:
   /// Of the time between two saved states, what saving one may cost.

@@ -2,11 +2,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <isobath/comm/tree_sum.hpp>
-#include <isobath/model/model_config.hpp>
-#include <isobath/pipeline/session.hpp>
+#include <isobath/pipeline/block_observer.hpp>
 #include <isobath/quant/scale_tuner.hpp>
 #include <map>
-#include <optional>
 #include <vector>
 
 namespace isobath::pipeline {
@@ -19,17 +17,17 @@ using BlockTuners = std::map<model::Projection, quant::ScaleTuner>;
 ///
 /// Memory   the scales of the block in f32, ⌈log₂ shards⌉ + 1 times; ∂L/∂W of one linear [d_out, d_in] f32.
 /// Cost     n·d_out·d_in multiply-adds a linear: a third of a backward pass.
-class ScaleGradients {
+class ScaleGradients : public BlockObserver {
  public:
   /// shards: those whose microbatches will pass, ascending, on every replica the same; `tuners` must outlive
   /// this.
   ScaleGradients(const Session& session, const CalibrationSet& calibration, const BlockTuners& tuners,
                  const std::vector<int64_t>& shards);
 
-  /// A linear's input [b, T, d_in] and output gradient [b, T, d_out] in one backward pass.
-  void observe(model::Projection projection, const at::Tensor& x, const at::Tensor& gradient);
-  /// Closes a logical shard.
-  void close(int64_t shard);
+  void begin(const data::Microbatch& microbatch, int64_t sample) override;
+  void observe(model::Projection projection, const at::Tensor& x, const at::Tensor& gradient) override;
+  void finish_microbatch(bool is_last_of_shard) override;
+
   /// ∂L/∂s [R, G] f32 CPU of a quantized linear, on every replica. Collective over the replicas of the stage.
   [[nodiscard]] at::Tensor reduce(model::Projection projection);
 
@@ -41,6 +39,7 @@ class ScaleGradients {
   const Session& session_;
   const BlockTuners& tuners_;
   std::vector<int64_t> shards_;
+  int64_t shard_ = 0;  ///< in work
   std::map<model::Projection, Module> modules_;
 };
 

@@ -1,5 +1,6 @@
 #pragma once
 #include <filesystem>
+#include <isobath/checkpoint/generation_store.hpp>
 #include <isobath/model/weight_store.hpp>
 #include <isobath/pipeline/session.hpp>
 #include <isobath/report/events.hpp>
@@ -27,11 +28,13 @@ struct TuneResult {
 /// Network  as measure; after each step the gradient of the stage's scales over the replicas, f32.
 /// Source   METHOD §4; Chen et al., EfficientQAT (2024), second phase; there with data labels.
 ///
-/// Nothing of it is saved on the way: a resumed job starts the stage again. Collective over the session's
-/// world. Throws AgreedFailure: config with streamed weights, data for a checkpoint that is none;
-/// StopRequested; NumericError.
+/// Saves its steps (12 bytes a scale) in the generations of `quantize`, in run/checkpoint, as often as
+/// `checkpoint` says, a step for a block, and goes on from the newest one. Collective over the session's
+/// world. Throws AgreedFailure: config with streamed weights, data for a checkpoint that is none, checkpoint
+/// when no generation vouches for the files of `untuned`; StopRequested, with the last step saved;
+/// NumericError.
 TuneResult tune_scales(const Session& session, const CalibrationSet& calibration, model::WeightStore original,
                        const std::filesystem::path& untuned, const std::filesystem::path& run,
-                       report::EventLog& events);
+                       const checkpoint::Fingerprint& fingerprint, report::EventLog& events);
 
 }  // namespace isobath::pipeline

@@ -12,6 +12,10 @@ namespace isobath::pipeline {
 /// group. Local.
 void require_quantizable(const config::RunConfig& config, const model::ModelConfig& model);
 
+/// Throws ConfigError where calibration or evaluation has longer sequences than the model's sliding window,
+/// in which all attention is causal attention: what is behind a window is not modelled. Local.
+void require_attended(const config::RunConfig& config, const model::ModelConfig& model);
+
 /// With an allocation file: throws ConfigError unless it was made for this model, names only modules that are
 /// quantized. Local.
 void require_allocated(const config::RunConfig& config, const model::CheckpointReader& source);

@@ -115,6 +115,8 @@ struct Job {
   [[nodiscard]] int64_t units_of_root(int set) const;
   /// Bytes of a block in the quantized checkpoint, or in one of this width on the same grids.
   [[nodiscard]] double quantized_block_bytes(int64_t block, int bits = 0) const;
+  /// Scales of the quantized linears of a block.
+  [[nodiscard]] double scales_of_block(int64_t block) const;
   /// Bytes of a checkpoint in its own dtype: one block, and what stands outside the blocks.
   [[nodiscard]] double stored_block_bytes() const;
   [[nodiscard]] double stored_end_bytes() const;

@@ -72,8 +72,8 @@ struct Shapes {
 
 /// model::block_backward for `samples` gradients, without recomputing what it needs of the forward: 2 n P
 /// (∂L/∂x only: weights are frozen), the norms' and the gate's outputs again, 2.5 times the attention (five
-/// products where the forward has two; ATen's attention runs forward once more), and what BlockObserver
-/// records at each linear.
+/// products where the forward has two; ATen's attention runs forward once more), and what
+/// StatisticsObserver records at each linear.
 [[nodiscard]] Work backward_block(const Shapes& shapes, double n_tokens, double length,
                                   const config::Sensitivity& sensitivity);
 

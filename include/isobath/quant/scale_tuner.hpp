@@ -26,10 +26,18 @@ class ScaleTuner {
   /// One step of `rate` against ∂L/∂s [R, G] f32, on the same device. Throws NumericError when it is not
   /// finite.
   void step(const at::Tensor& gradient, double rate);
+  /// What the steps so far have made: log(s / s₀), and the means of gradients and of their squares,
+  /// [3, R, G] f32 on the host.
+  [[nodiscard]] at::Tensor state() const;
+  /// Of a tuner of the same matrix after `n_steps` steps: goes on as that one would, bit by bit. Throws
+  /// CheckpointError for a state of another shape.
+  void restore(const at::Tensor& state, int64_t n_steps);
   /// With the scales as they are now, rounded to storage.
   [[nodiscard]] const QuantizedMatrix& matrix() const { return matrix_; }
 
  private:
+  void set_scales();
+
   QuantizedMatrix matrix_;
   at::Tensor first_scale_, logarithm_, mean_, mean_square_;  ///< [R, G] f32
   int64_t n_steps_ = 0;

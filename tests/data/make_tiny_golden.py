@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Makes tests/data/tiny_llama_{a,b}: tiny Hugging Face Llama models and what transformers computes with them.
+"""Makes tests/data/tiny_*: tiny Hugging Face models of every supported architecture and what transformers computes with them.
 
-Each directory gets config.json, model.safetensors (a: bf16, b: f32) and golden.safetensors, which holds what the f32
-model computes with the stored weights:
+Each directory gets config.json, model.safetensors (tiny_llama_b: f32, the others: bf16) and golden.safetensors, which holds what
+the f32 model computes with the stored weights:
   tokens                 [b, T] i32
   logits                 [b, T, vocab]
   nll_sum                [1] f64: sum over the predicted tokens of the loss
@@ -10,12 +10,13 @@ model computes with the stored weights:
   gradient.<module>      [b, T, d_out]: of nll_sum at the output of every linear of a block, by autograd
   frequencies            [head_dim / 2]: inverse frequencies of the rotary embedding
 
-Usage: .venv/bin/python tests/data/make_tiny_llama_golden.py   (writes beside itself; versions go into the metadata)
+Usage: .venv/bin/python tests/data/make_tiny_golden.py [NAME ...]   (writes beside itself; versions go into the metadata)
 """
 
 import copy
 import json
 import pathlib
+import sys
 
 import safetensors.torch
 import torch
@@ -33,11 +34,23 @@ COMMON = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_
               max_position_embeddings=512, rms_norm_eps=1e-5, initializer_range=0.15)
 VARIANTS = {
     # The spelling of configurations before transformers 5: rope_theta beside rope_scaling, torch_dtype.
-    "a": dict(config=dict(num_hidden_layers=3, rope_parameters=LLAMA3_SCALING | {"rope_theta": 10000.0},
+    "llama_a": dict(config=dict(num_hidden_layers=3, rope_parameters=LLAMA3_SCALING | {"rope_theta": 10000.0},
                           tie_word_embeddings=False, **COMMON), stored=torch.bfloat16, old_spelling=True, seed=1),
-    "b": dict(config=dict(num_hidden_layers=2, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
+    "llama_b": dict(config=dict(num_hidden_layers=2, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
                           tie_word_embeddings=True, attention_bias=True, mlp_bias=True, **COMMON),
               stored=torch.float32, old_spelling=False, seed=2),
+    # As published: no window (sliding_window: null), rope_theta at the top.
+    "mistral": dict(kind="Mistral", config=dict(num_hidden_layers=2, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+                                                sliding_window=None, **COMMON),
+                    stored=torch.bfloat16, old_spelling=True, seed=3),
+    # Biases of q, k and v alone; a window that is not used.
+    "qwen2": dict(kind="Qwen2", config=dict(num_hidden_layers=2, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+                                            tie_word_embeddings=True, use_sliding_window=False, sliding_window=4, **COMMON),
+                  stored=torch.bfloat16, old_spelling=True, seed=4),
+    # Norms of heads, and heads that are wider than d_model / n_heads.
+    "qwen3": dict(kind="Qwen3", config=dict(num_hidden_layers=2, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+                                            head_dim=32, tie_word_embeddings=False, **COMMON),
+                  stored=torch.bfloat16, old_spelling=False, seed=5),
 }
 N_SEQUENCES, LENGTH = 2, 10
 
@@ -46,7 +59,7 @@ def spell_as_before_version_5(path):
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters")
     config["rope_theta"] = rope.pop("rope_theta")
-    config["rope_scaling"] = rope
+    config["rope_scaling"] = None if rope.get("rope_type") == "default" else rope
     config["torch_dtype"] = config.pop("dtype")
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -89,11 +102,13 @@ def golden_of(model, tokens):
 def main():
     here = pathlib.Path(__file__).parent
     torch.set_num_threads(1)
-    for letter, variant in VARIANTS.items():
-        directory = here / f"tiny_llama_{letter}"
+    for name in sys.argv[1:] or VARIANTS:
+        variant, directory = VARIANTS[name], here / f"tiny_{name}"
+        kind = variant.get("kind", "Llama")
         torch.manual_seed(variant["seed"])
         generator = torch.Generator().manual_seed(variant["seed"])
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**variant["config"])).float().eval()
+        config = getattr(transformers, f"{kind}Config")(**variant["config"])
+        model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
         prepare_weights(model, variant["stored"], generator)
         copy.deepcopy(model).to(variant["stored"]).save_pretrained(directory)
         (directory / "generation_config.json").unlink(missing_ok=True)
@@ -102,7 +117,7 @@ def main():
         tokens = torch.randint(0, 256, (N_SEQUENCES, LENGTH), generator=generator)
         golden = golden_of(model, tokens)
         safetensors.torch.save_file(golden, directory / "golden.safetensors", metadata={
-            "made_by": "tests/data/make_tiny_llama_golden.py", "torch": torch.__version__,
+            "made_by": "tests/data/make_tiny_golden.py", "torch": torch.__version__,
             "transformers": transformers.__version__})
         size = sum(path.stat().st_size for path in directory.iterdir())
         print(f"{directory.name}: nll/token {golden['nll_sum'].item() / (N_SEQUENCES * (LENGTH - 1)):.4f}, {size} bytes")
