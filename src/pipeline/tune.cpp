@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
-#include <cmath>
 #include <isobath/comm/watchdog.hpp>
 #include <isobath/core/log.hpp>
 #include <isobath/core/stop_signal.hpp>
@@ -38,14 +37,6 @@ quant::QuantizedMatrix moved(const quant::QuantizedMatrix& matrix, c10::Device d
           .codes = matrix.codes.to(device),
           .scale = matrix.scale.to(device),
           .zero = matrix.zero.to(device)};
-}
-
-/// Of quantization.tuning.rate for a grid. Wide grids are tuned in smaller steps: what is left to gain is a
-/// fraction of their step, and a scale that moves by more fits the calibration tokens alone
-/// (docs/results.md).
-double share_of_rate(const quant::GridSpec& grid) {
-  constexpr int kWidestInFull = 3;
-  return std::exp2(std::min(0, kWidestInFull - grid.bits));
 }
 
 class TunePass {
@@ -248,7 +239,7 @@ class TunePass {
     for (const auto& [block, of_block] : gradients)
       for (const auto& [projection, gradient] : of_block) {
         quant::ScaleTuner& tuner = tuners_.at(block).at(projection);
-        tuner.step(gradient.to(session_.device) / n_tokens, rate * share_of_rate(tuner.matrix().spec));
+        tuner.step(gradient.to(session_.device) / n_tokens, rate * quant::share_of_rate(tuner.matrix().spec));
         set_weight(block, projection, tuner);
       }
   }

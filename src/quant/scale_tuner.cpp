@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <isobath/core/error.hpp>
@@ -32,6 +33,11 @@ at::Tensor scale_gradient(const at::Tensor& weight_gradient, const QuantizedMatr
     rows(sums).copy_((by_group(weight_gradient) * levels).sum(2));
   }
   return sums;
+}
+
+double share_of_rate(const GridSpec& grid) {
+  constexpr int kWidestInFull = 3;
+  return std::exp2(std::min(0, kWidestInFull - grid.bits));
 }
 
 ScaleTuner::ScaleTuner(const QuantizedMatrix& matrix)

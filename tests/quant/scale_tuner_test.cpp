@@ -49,6 +49,11 @@ TEST(ScaleGradient, IsTheDerivativeOfALossOfTheWeights) {
   }
 }
 
+TEST(ShareOfRate, IsWholeUpToThreeBitsAndHalvedForEachBitMore) {
+  for (const auto& [bits, expected] : {std::pair{2, 1.0}, {3, 1.0}, {4, 0.5}, {5, 0.25}, {8, 1.0 / 32}})
+    EXPECT_EQ(share_of_rate({.bits = bits, .group = kGroup}), expected) << bits;
+}
+
 TEST(ScaleTuner, TakesStepsOfAdamOnTheLogarithm) {
   const QuantizedMatrix matrix = random_matrix(true, at::kFloat, 53);
   ScaleTuner tuner(matrix);

@@ -12,6 +12,11 @@ namespace isobath::quant {
 /// counts as the identity. Cost: one pass over the gradient.
 [[nodiscard]] at::Tensor scale_gradient(const at::Tensor& weight_gradient, const QuantizedMatrix& matrix);
 
+/// Share of a rate that scales of such a grid are tuned with: 1 up to 3 bits, halved for each bit more. What
+/// a wide grid leaves to gain is a fraction of its step, and a scale that moves by more fits the calibration
+/// tokens alone. Source: measured (docs/results.md, Tuning of scales).
+[[nodiscard]] double share_of_rate(const GridSpec& grid);
+
 /// Scales of one matrix under Adam, as s₀·eᵗ with t starting at 0: a step of some size means the same
 /// relative change for every scale, and none changes sign. Deterministic, local, on the matrix's device.
 ///
