@@ -8,4 +8,6 @@ isobath_setup test
 
 cmake --preset cpu
 cmake --build --preset cpu
+# A busy mpirun may write to a rank that has just ended, after it gave up its handler: not a failure of the test.
+trap '' PIPE
 ctest --preset cpu -j "$(nproc)" "$@"
