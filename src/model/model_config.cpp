@@ -26,12 +26,12 @@ constexpr int64_t kDefaultWindow = 4096;
 struct Architecture {
   std::string_view name;
   int64_t default_max_position;
-  std::optional<int64_t> default_bos_token;
-  bool reads_attention_bias, reads_mlp_bias;
-  bool has_qkv_bias;         ///< always
-  bool has_head_norms;       ///< always
-  bool is_head_dim_derived;  ///< from hidden_size, where it is absent
-  enum class Window { none, unless_null, on_request } window;
+  std::optional<int64_t> default_bos_token = {};
+  bool reads_attention_bias = false, reads_mlp_bias = false;
+  bool has_qkv_bias = false, has_head_norms = false;  ///< whatever the keys say
+  /// Whether these follow from others where they are absent: transformers has one model's value for them.
+  bool derives_kv_heads = false, derives_head_dim = true;
+  enum class Window { none, unless_null, on_request } window = Window::none;
 };
 constexpr std::array<Architecture, 4> kArchitectures = {{
     {.name = "LlamaForCausalLM",
@@ -39,36 +39,20 @@ constexpr std::array<Architecture, 4> kArchitectures = {{
      .default_bos_token = 1,
      .reads_attention_bias = true,
      .reads_mlp_bias = true,
-     .has_qkv_bias = false,
-     .has_head_norms = false,
-     .is_head_dim_derived = true,
-     .window = Architecture::Window::none},
+     .derives_kv_heads = true},
     {.name = "MistralForCausalLM",
      .default_max_position = 131072,
      .default_bos_token = 1,
-     .reads_attention_bias = false,
-     .reads_mlp_bias = false,
-     .has_qkv_bias = false,
-     .has_head_norms = false,
-     .is_head_dim_derived = true,
      .window = Architecture::Window::unless_null},
     {.name = "Qwen2ForCausalLM",
      .default_max_position = 32768,
-     .default_bos_token = std::nullopt,
-     .reads_attention_bias = false,
-     .reads_mlp_bias = false,
      .has_qkv_bias = true,
-     .has_head_norms = false,
-     .is_head_dim_derived = true,
      .window = Architecture::Window::on_request},
     {.name = "Qwen3ForCausalLM",
      .default_max_position = 32768,
-     .default_bos_token = std::nullopt,
      .reads_attention_bias = true,
-     .reads_mlp_bias = false,
-     .has_qkv_bias = false,
      .has_head_norms = true,
-     .is_head_dim_derived = false,
+     .derives_head_dim = false,
      .window = Architecture::Window::on_request},
 }};
 
@@ -163,10 +147,9 @@ std::optional<int64_t> read_sliding_window(const Section& config, Architecture::
   return config.size_or("sliding_window", kDefaultWindow);
 }
 
-/// Where it is absent, Llama's heads share nothing, and the others' number is that of one of their models.
+/// null: as many as heads, in every architecture.
 int64_t read_kv_heads(const Section& config, const Architecture& architecture, int64_t n_heads) {
-  const bool is_needed =
-      architecture.name != kArchitectures[0].name && !config.contains("num_key_value_heads");
+  const bool is_needed = !architecture.derives_kv_heads && !config.contains("num_key_value_heads");
   return is_needed ? config.size("num_key_value_heads") : config.size_or("num_key_value_heads", n_heads);
 }
 
@@ -286,7 +269,7 @@ ModelConfig read_model_config(const std::filesystem::path& directory) {
   config.n_blocks = section.size("num_hidden_layers", kMaxBlocks);
   config.n_heads = section.size("num_attention_heads");
   config.n_kv_heads = read_kv_heads(section, architecture, config.n_heads);
-  if (section.has("head_dim") || !architecture.is_head_dim_derived) {
+  if (section.has("head_dim") || !architecture.derives_head_dim) {
     config.head_dim = section.size("head_dim");
   } else if (config.d_model % config.n_heads == 0) {
     config.head_dim = config.d_model / config.n_heads;

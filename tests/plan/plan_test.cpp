@@ -87,6 +87,7 @@ TEST(Plan, TuningIsAStageWhoseEpochsCostTheSame) {
   const model::ModelConfig model = tiny_model();
   config::RunConfig config = tiny_config();
   const Cluster cluster = instant_cluster();
+  config.quantization.group = 8;
   const auto planned = [&](int64_t epochs) {
     config.quantization.tuning.epochs = epochs;
     return plan_of(config, model, cluster, 2, 1);
@@ -98,6 +99,9 @@ TEST(Plan, TuningIsAStageWhoseEpochsCostTheSame) {
   EXPECT_DOUBLE_EQ(three.tune->total_s() - two.tune->total_s(), two.tune->total_s() - one.tune->total_s());
   EXPECT_DOUBLE_EQ(two.total_s() - none.total_s(), two.tune->total_s());
   EXPECT_EQ(one.disk.model_bytes, 2 * none.disk.model_bytes);
+  // Four blocks of 576 weights, three f32 a scale: more than the hidden states.
+  EXPECT_EQ(one.disk.generation_bytes, 12 * 4 * 576 / 8.0);
+  EXPECT_LT(none.disk.generation_bytes, one.disk.generation_bytes);
   EXPECT_EQ(one.tune_memory.size(), 2U);
 }
 
