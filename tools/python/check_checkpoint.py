@@ -27,8 +27,8 @@ def unpack(words, bits, columns):
     return (fields.astype(numpy.int64) << numpy.arange(bits)).sum(axis=2) - (1 << (bits - 1))
 
 
-def decoded_weights(directory):
-    """module -> [rows, columns] weight in the scale's dtype, for every packed module of the checkpoint."""
+def packed_modules(directory):
+    """module -> codes less their zero points [rows, groups, columns of a group] f32, scales [rows, groups] as stored."""
     index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
     files = {name: safe_open(directory / name, "pt") for name in set(index.values())}
 
@@ -42,8 +42,17 @@ def decoded_weights(directory):
         words, scale = read(name).numpy(), read(module + ".weight_scale")
         rows, columns = read(module + ".weight_shape").tolist()
         bits = max(b for b in range(2, 9) if (columns * b + 31) // 32 <= words.shape[1])
-        codes = torch.from_numpy(unpack(words, bits, columns)).float().view(rows, scale.shape[1], -1)
-        yield module, (codes * scale.float().unsqueeze(-1)).to(scale.dtype).view(rows, columns)
+        levels = torch.from_numpy(unpack(words, bits, columns)).view(rows, scale.shape[1], -1)
+        if module + ".weight_zero_point" in index:  # packed along the rows
+            zeros = numpy.ascontiguousarray(read(module + ".weight_zero_point").numpy().T)
+            levels = levels - torch.from_numpy(unpack(zeros, bits, rows).T).unsqueeze(-1)
+        yield module, levels.float(), scale
+
+
+def decoded_weights(directory):
+    """module -> [rows, columns] weight in the scale's dtype, for every packed module of the checkpoint."""
+    for module, levels, scale in packed_modules(directory):
+        yield module, (levels * scale.float().unsqueeze(-1)).to(scale.dtype).flatten(1)
 
 
 def main():
