@@ -25,7 +25,7 @@ shift 2
 program=${ISOBATH_PROGRAM:-$here/build/cpu/bin/isobath}
 read -ra launcher <<<"${LAUNCHER:-mpirun --quiet -n ${RANKS:-2}}"
 
-value_of() { "$program" check "$config" "${settings[@]}" | awk -v key="$1" '!n && $1 == key { $1 = ""; sub(/^ +/, ""); sub(/ +$/, ""); print; n = 1 }'; }
+value_of() { isobath_value_of "$program" "$1" "$config" --ranks "${RANKS:-2}" "${settings[@]}"; }
 step() {
   local what=$1 output=$2
   shift 2

@@ -2,7 +2,7 @@
 # Installs what the project needs, once; a second call installs nothing.
 #
 #   launch/setup.sh run     system packages; .venv with LibTorch and the preparation scripts' modules (1.5 GB)
-#   launch/setup.sh test    the same, and the Python oracles of the tests (6 GB)
+#   launch/setup.sh test    the same, and the Python oracles of the tests (6 GB); as root also Slurm, which one of them starts
 #
 # Sourced by the other scripts, so that the Open MPI settings below reach the programs they start.
 # PYTHON names the interpreter for .venv; ISOBATH_SKIP_PACKAGES=1 leaves system packages to you.
@@ -21,6 +21,7 @@ isobath_logged() {
 }
 
 isobath_missing_packages() {
+  local level=$1
   local tools=(cmake ninja g++ ccache git) tool_packages=(cmake ninja-build g++ ccache git)
   local libraries=(openmpi-bin libopenmpi-dev libhdf5-dev libboost-serialization-dev libfmt-dev libspdlog-dev
     libyaml-cpp-dev libcli11-dev nlohmann-json3-dev libssl-dev libxxhash-dev libglpk-dev libgtest-dev)
@@ -28,6 +29,10 @@ isobath_missing_packages() {
   for i in "${!tools[@]}"; do
     command -v "${tools[$i]}" >/dev/null || echo "${tool_packages[$i]}"
   done
+  # The test of Slurm's scripts skips itself without these, and without root.
+  if [[ $level == test && $EUID -eq 0 ]]; then
+    libraries+=(slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge)
+  fi
   for package in "${libraries[@]}"; do
     [[ $(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null) == installed ]] || echo "$package"
   done
@@ -43,7 +48,7 @@ isobath_packages() {
     exit 2
   fi
   local missing
-  mapfile -t missing < <(isobath_missing_packages)
+  mapfile -t missing < <(isobath_missing_packages "$1")
   [[ ${#missing[@]} -eq 0 ]] && return 0
   if [[ $EUID -ne 0 ]]; then
     echo "setup: missing packages: ${missing[*]}" >&2
@@ -78,13 +83,22 @@ isobath_environment() {
   fi
 }
 
+# What a key of a configuration comes to: isobath_value_of PROGRAM KEY CONFIG --ranks N [--set KEY=VALUE ...].
+# Prints what is wrong with a configuration that N ranks cannot run, and returns 2.
+isobath_value_of() {
+  local program=$1 key=$2 checked
+  shift 2
+  checked=$("$program" check "$@") || return 2
+  awk -v key="$key" '!n && $1 == key { $1 = ""; sub(/^ +/, ""); sub(/ +$/, ""); print; n = 1 }' <<<"$checked"
+}
+
 isobath_setup() {
   case ${1:-} in
     run | test) ;;
     *) echo "usage: launch/setup.sh run|test" >&2; exit 2 ;;
   esac
   mkdir -p "$isobath_root/build"
-  isobath_packages
+  isobath_packages "$1"
   isobath_requirements run
   if [[ $1 == test ]]; then
     isobath_requirements test

@@ -2,16 +2,20 @@
 #
 # ISOBATH_PROGRAM names the program to start; without it slurm.sbatch takes build/cpu/bin/isobath, slurm-gpu.sbatch
 # build/cuda/bin/isobath. ISOBATH_ROOT names the repository; without it it is where the job was submitted.
+source launch/setup.sh
 
-# The run directory of a config and the arguments after it.
+# The run directory of a config and the arguments after it, of which `check` takes --set alone.
 isobath_output() {
-  local output argument
-  output=$(sed -nE "s/^output: *['\"]?([^'\"#]*[^'\"# ]).*/\1/p" "$1")
-  for argument in "${@:2}"; do
-    argument=${argument#--set=}
-    [[ $argument == output=* ]] && output=${argument#output=}
+  local program=$1 config=$2 settings=()
+  shift 2
+  while (($#)); do
+    case $1 in
+      --set) settings+=("$1" "${2-}") && shift ;;
+      --set=*) settings+=("$1") ;;
+    esac
+    shift
   done
-  echo "$output"
+  isobath_value_of "$program" output "$config" --ranks "$SLURM_NTASKS" "${settings[@]}"
 }
 
 # What a resumed run need not do again: the finished stages and the newest generation; empty when that is nothing.
@@ -24,7 +28,7 @@ isobath_progress() {
 # got nowhere: the next one would not either.
 isobath_run() {
   local config=$1 program=${ISOBATH_PROGRAM:-build/cpu/bin/isobath} output before status
-  output=$(isobath_output "$@")
+  output=$(isobath_output "$program" "$@") || return
   before=$(isobath_progress "$output")
 
   export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
