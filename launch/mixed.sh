@@ -9,7 +9,7 @@
 # again, it does what is left: of another budget the last step.
 #
 # RANKS            of every step; 2
-# LAUNCHER         what starts ranks; "mpirun --quiet -n RANKS"
+# LAUNCHER         what starts that many ranks; "mpirun --quiet -n RANKS"
 # ISOBATH_PROGRAM  build/cpu/bin/isobath
 # SCORE_LENGTH     tokens of each calibration sequence that are scored; 256: many short sequences say more than few long ones
 set -euo pipefail
