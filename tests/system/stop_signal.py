@@ -1,6 +1,7 @@
 """SIGUSR1 to mpirun ends a run with code 75 and its state on disk; --resume ends with the bytes of an undisturbed run."""
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -68,6 +69,14 @@ with Workspace() as space:
         if "of the tuning; `--resume` continues there" not in job.stderr:
             continue  # the signal met a later stage
         assert job.code == 75, f"exit code {job.code} after SIGUSR1:\n{job.stderr}"
+        # As a crash leaves it between the rename of the tuned model and its mark: the model is taken as it is.
+        renamed = space.path / "renamed"
+        shutil.copytree(output, renamed)
+        shutil.copytree(space.path / "undisturbed/model", renamed / "model")
+        taken = run_well(space.config("renamed"), replicas=2, settings=TUNED, resume=True)
+        assert "tuning of scales" not in taken.stderr, taken.stderr
+        assert_same_bytes(expected, result_digests(renamed), "with the tuned model renamed and not marked")
+        assert not (renamed / "model.untuned").exists() and not (renamed / "checkpoint").exists(), sorted(renamed.iterdir())
         resumed = run_well(config, replicas=2, settings=TUNED, resume=True)
         assert "resuming the tuning of scales at step" in resumed.stderr, resumed.stderr
         assert_same_bytes(expected, result_digests(output), "stopped while scales were tuned")
