@@ -88,6 +88,16 @@ class Bench:
         self.state = json.loads(self.store.read_text()) if self.store.exists() else {"results": {}, "originals": {}}
         self.changing = threading.Lock()  # the state and the files written from it
         self.making = defaultdict(threading.Lock)  # a directory that several runs share
+        self.program = ""  # what isobath calls itself, asked for when a run is made
+
+    def build(self):
+        """Version and revision of the program: results are kept when it changes, and the table tells."""
+        if not self.program:
+            found = subprocess.run([str(self.options.isobath), "version"], capture_output=True, text=True, check=False)
+            if found.returncode != 0:
+                raise Failed(f"{self.options.isobath} version: exit code {found.returncode}: {found.stderr.strip()}")
+            self.program = found.stdout.split("\n")[0]
+        return self.program
 
     def save(self):
         temporary = self.store.with_suffix(".tmp")
@@ -191,7 +201,7 @@ class Bench:
                 keys["quantization.allocation"] = str(widths)
         seconds += self.isobath("run", run, keys, log)
         events = map(json.loads, (directory / "events.jsonl").read_text(encoding="utf-8").splitlines())
-        return {"seconds": seconds,
+        return {"seconds": seconds, "program": self.build(),
                 "bits_per_weight": next(one["bits_per_weight"] for one in events if one["event"] == "quantized")}
 
     def make_peer(self, run, directory, log):

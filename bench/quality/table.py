@@ -47,6 +47,7 @@ def rows(results, runs):
     found = []
     for (model, grid, configuration), seeds in by_row.items():
         row = {"model": model, "grid": grid, "configuration": configuration, "seeds": len(seeds)}
+        row["programs"] = sorted({seed["program"] for seed in seeds.values() if "program" in seed})
         for key, _, _ in COLUMNS:
             values = [seeds[seed][key] for seed in sorted(seeds)]
             row[key] = {"mean": mean(values), "spread": spread(values), "values": values}
@@ -73,4 +74,7 @@ def markdown(found, originals):
                 lines.append(f"| {row['configuration']} | {row['seeds']} | " + " | ".join(cells) +
                              f" | {compared} | {ratio['verdict'] if ratio else ''} |")
         lines.append("")
+    programs = sorted({program for row in found for program in row["programs"]})
+    if len(programs) > 1:
+        lines += [f"Made by {len(programs)} builds: {', '.join(programs)}.", ""]
     return "\n".join(lines)

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <isobath/config/schema.hpp>
 #include <isobath/core/error.hpp>
+#include <isobath/core/version.hpp>
 #include <isobath/pipeline/allocate.hpp>
 #include <sstream>
 
@@ -289,6 +290,8 @@ std::variant<Arguments, Usage> parse_arguments(int argc, const char* const* argv
   auto* verbose =
       b.app.add_flag("-v,--verbose", b.is_verbose, "Also prints what only a developer wants to know.");
   b.app.add_flag("-q,--quiet", b.is_quiet, "Prints only warnings, errors and results.")->excludes(verbose);
+  b.app.set_version_flag("--version", fmt::format("isobath {} ({})", kVersion, kRevision),
+                         "Prints the version; the command `version` prints what it is built on, too.");
   add_commands(b);
   try {
     b.app.parse(argc, argv);

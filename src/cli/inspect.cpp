@@ -55,8 +55,15 @@ ModuleLine read_module(const io::Hdf5Reader& file, const std::string& group, int
     const double per_sequence = total_of(file.read(group + "/alpha_per_sequence"));
     if (per_sequence > 0) line.cross_token = 1 - line.alpha / per_sequence;
   }
-  // D of the whole linear: the mean over its row groups.
-  const at::Tensor weights = file.read(group + "/token_weights").to(at::kDouble).mean(-1);
+  // D of the whole linear: the mean over its output channels; groups without sizes of their own have the
+  // same, or one more.
+  at::Tensor weights = file.read(group + "/token_weights").to(at::kDouble);
+  if (const std::string sizes = group + "/row_group_sizes"; file.contains(sizes)) {
+    const at::Tensor shares = file.read(sizes).to(at::kDouble);
+    weights = weights.matmul(shares / shares.sum());
+  } else {
+    weights = weights.mean(-1);
+  }
   const double total = total_of(weights), squares = total_of(weights.square());
   line.n_effective = squares > 0 ? total * total / squares : 0;
   return line;

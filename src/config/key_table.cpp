@@ -202,7 +202,8 @@ void add_quantization_keys(Table& t) {
   t.integer(
       "quantization.refinement.sweeps", [](auto& c) -> auto& { return c.quantization.refinement.sweeps; }, 0,
       "sweeps",
-      "Coordinate-descent sweeps over codes and scales after the column loop, at most; 0 does none.");
+      "Coordinate-descent sweeps over codes and scales after the column loop, at most: the first that gains "
+      "nothing is the last one; 0 does none.");
   t.word(
       "quantization.asymmetric.correction",
       [](auto& c) -> auto& { return c.quantization.asymmetric.correction; }, {"none", "qep", "gptaq"},
@@ -257,7 +258,14 @@ void add_quantization_keys(Table& t) {
   t.integer(
       "quantization.reestimate.probe_sequences",
       [](auto& c) -> auto& { return c.quantization.reestimate.probe_sequences; }, 1, "sequences",
-      "Calibration sequences that policy drift compares token weights on, rounded up to whole microbatches.");
+      "Calibration sequences that policy drift compares token weights on, and that track sends through, "
+      "rounded "
+      "up to whole microbatches.");
+  t.flag(
+      "quantization.reestimate.track", [](auto& c) -> auto& { return c.quantization.reestimate.track; },
+      "Whether blocks.json gets the divergence from the original, on probe_sequences, of the model whose "
+      "blocks "
+      "are quantized up to each one: beside that of a run with policy never it is what a policy gains.");
   t.add(
       "quantization.ignore", "list of text", "",
       "Modules left as they are: names, or re: and a regular expression matched from the start of the name.",

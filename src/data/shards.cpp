@@ -34,9 +34,14 @@ Range ShardPlan::shards_of(int64_t part, int64_t n_parts) const {
 }
 
 std::vector<Microbatch> ShardPlan::microbatches_of(int64_t part, int64_t n_parts) const {
+  return held_among(microbatches_, part, n_parts);
+}
+
+std::vector<Microbatch> ShardPlan::held_among(const std::vector<Microbatch>& some, int64_t part,
+                                              int64_t n_parts) const {
   const Range shards = shards_of(part, n_parts);
   std::vector<Microbatch> held;
-  std::copy_if(microbatches_.begin(), microbatches_.end(), std::back_inserter(held),
+  std::copy_if(some.begin(), some.end(), std::back_inserter(held),
                [&](const Microbatch& microbatch) { return shards.contains(microbatch.shard); });
   return held;
 }

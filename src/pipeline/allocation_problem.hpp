@@ -1,5 +1,6 @@
 #pragma once
 #include <ATen/core/Tensor.h>
+#include <fmt/format.h>
 
 #include <filesystem>
 #include <isobath/allocate/quadratic.hpp>

@@ -96,6 +96,11 @@ void require_quantizable(const config::RunConfig& config, const model::ModelConf
         "would read "
         "from disk each time; give the run more ranks and residency: resident, or set "
         "quantization.tuning.epochs=0";
+  if (config.quantization.reestimate.track && config.quantization.solver == "round_to_nearest")
+    problems +=
+        "\n  quantization.reestimate.track needs quantization.solver: gptq; found round_to_nearest, which "
+        "sends "
+        "no hidden states through the blocks";
   if (!problems.empty())
     fail<ConfigError>("the configuration does not fit the model {}:{}", config.model, problems);
 }

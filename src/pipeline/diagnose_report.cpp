@@ -33,6 +33,8 @@ struct Line {
   double objective = 0;     ///< ½ Σ D‖ΔWx‖²: what the solver minimises, in nats
   /// Share of Σ_k C_lk that stands off the diagonal; none where that part is within its error.
   std::optional<double> off_diagonal;
+  bool others_add =
+      false;  ///< the sign of that part: the share has it too, unless the others cancel more than all
   std::optional<double> kl, kl_of_tenth, nll_change;
   std::optional<double> cross_token_mass, effective_per_channel;
 
@@ -56,7 +58,7 @@ class Derived {
     const at::Tensor coupling = s * (s.sum(1, true) - s), others = coupling.sum(0);
     const auto n = static_cast<double>(n_draws);
     const at::Tensor error =
-        ((coupling.square().sum(0) - others.square() / n) / std::max(1.0, n - 1) * n).sqrt();
+        ((coupling.square().sum(0) - others.square() / n) / std::max(1.0, n - 1) * n).clamp_min(0).sqrt();
     // Sums over sequences, means over the draws of each.
     const double draws = static_cast<double>(d.fisher.size(1));
     for (int64_t m = 0; m < s.size(1); ++m) {
@@ -68,6 +70,7 @@ class Derived {
       const double row = item(diagonal[m]) + item(others[m]);
       if (row != 0 && n_draws > 1 && std::abs(item(others[m])) > kCouplingErrors * item(error[m]))
         line.off_diagonal = item(others[m]) / row;
+      line.others_add = item(others[m]) > 0;
       line.cross_token_mass = d.cross_token_mass[static_cast<size_t>(m)];
       line.effective_per_channel = d.effective_per_channel[static_cast<size_t>(m)];
     }
@@ -163,8 +166,8 @@ std::vector<std::string> reasons_of(const Line& line, double total) {
                                   *line.cross_token_mass));
   if (line.off_diagonal && std::abs(*line.off_diagonal) > kMostCoupling)
     reasons.push_back(fmt::format("errors of other linears {} it (off-diagonal share {:.2f})",
-                                  *line.off_diagonal > 0 ? "add to" : "cancel", *line.off_diagonal));
-  if (line.kl && *line.kl > kMostUnderestimation * line.objective)
+                                  line.others_add ? "add to" : "cancel", *line.off_diagonal));
+  if (line.kl && line.objective > 0 && *line.kl > kMostUnderestimation * line.objective)
     reasons.push_back(fmt::format("measured {:.1f} times the prediction", *line.kl / line.objective));
   return reasons;
 }

@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 
 #include <isobath/pipeline/share.hpp>
-#include <isobath/pipeline/statistics_files.hpp>
 #include <isobath/sensitivity/token_weights.hpp>
 
 namespace isobath::pipeline {
@@ -42,23 +41,19 @@ double token_weight_cosine(const at::Tensor& in_use, const at::Tensor& now,
   return sum / static_cast<double>(in_use.size(2));
 }
 
-Drift measure_drift(const Session& session, const std::vector<data::Microbatch>& probe,
-                    const std::map<int64_t, std::array<at::Tensor, model::kProjections>>& now,
-                    const std::filesystem::path& statistics, int64_t first_block) {
+Drift measure_drift(const Session& session, int64_t first_block, const TokenWeightsOf& in_use,
+                    const TokenWeightsOf& now) {
   const int64_t n_blocks = session.model().n_blocks - first_block;
   at::Tensor cosines = at::zeros({n_blocks, model::kProjections}, at::kDouble);
   session.world().agree_on([&] {
     // Every replica of a stage holds the same; one of them tells.
     if (session.grid->replica() != 0) return;
-    for (const auto& [block, modules] : now) {
-      const auto in_use = read_token_weights(statistics, block);
-      for (size_t p = 0; p < modules.size(); ++p) {
-        std::vector<at::Tensor> rows;
-        for (const data::Microbatch& microbatch : probe)
-          rows.push_back(in_use[p].slice(0, microbatch.sequences.begin, microbatch.sequences.end));
+    const Range mine = session.my_blocks();
+    for (int64_t block = std::max(first_block, mine.begin); block < mine.end; ++block) {
+      const auto before = in_use(block), after = now(block);
+      for (size_t p = 0; p < before.size(); ++p)
         cosines[block - first_block][static_cast<int64_t>(p)] =
-            token_weight_cosine(at::cat(rows), modules[p], session.config.sensitivity);
-      }
+            token_weight_cosine(before[p], after[p], session.config.sensitivity);
     }
   });
   share_disjoint(cosines, session.world());

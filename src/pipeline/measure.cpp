@@ -30,6 +30,7 @@ class Stage {
         calibration_(calibration),
         weights_(weights),
         steps_(session, calibration, pass),
+        is_forward_only_(pass.is_forward_only),
         entry_stage_(session.stage_of(pass.first_block)),
         blocks_{std::max(session.my_blocks().begin, pass.first_block), session.my_blocks().end},
         forward_(session.grid->pipeline(), session.device, is_entry() ? -1 : session.grid->stage() - 1,
@@ -38,7 +39,7 @@ class Stage {
                   session.is_last_stage() ? -1 : session.grid->stage() + 1,
                   is_entry() ? -1 : session.grid->stage() - 1) {
     if (!takes_part()) return;
-    for (int64_t block = blocks_.begin; block < blocks_.end; ++block) {
+    for (int64_t block = blocks_.begin; block < blocks_.end && !is_forward_only_; ++block) {
       const model::BlockWeights of_block = weights.block(block);
       observers_.push_back(observation.make(block, of_block));
     }
@@ -64,7 +65,8 @@ class Stage {
     const int n_stages = session_.grid->shape().stages - entry_stage_,
               position = session_.grid->stage() - entry_stage_;
     if (!is_entry()) expect_hidden(microbatches[0]);
-    if (!session_.is_last_stage()) expect_gradient(microbatches[0]);
+    const bool awaits_gradients = !session_.is_last_stage() && !is_forward_only_;
+    if (awaits_gradients) expect_gradient(microbatches[0]);
     for (const Step& step : one_forward_one_backward(n, position, n_stages)) {
       const data::Microbatch& microbatch = microbatches[static_cast<size_t>(step.microbatch)];
       const bool has_next = step.microbatch + 1 < n;
@@ -75,7 +77,7 @@ class Stage {
       } else {
         const trace::Span span("backward", microbatch.index);
         backward(microbatch, closes_shard(microbatches, static_cast<size_t>(step.microbatch)), losses);
-        if (has_next && !session_.is_last_stage())
+        if (has_next && awaits_gradients)
           expect_gradient(microbatches[static_cast<size_t>(step.microbatch + 1)]);
         progress.advance();
       }
@@ -126,9 +128,12 @@ class Stage {
   void backward(const data::Microbatch& microbatch, bool is_last_of_shard, at::Tensor& losses) {
     InFlight kept = std::move(in_flight_.at(microbatch.index));
     in_flight_.erase(microbatch.index);
-    at::Tensor gradient = session_.is_last_stage()
-                              ? steps_.loss_gradient(head_, kept.output, microbatch, losses)
-                              : arrived(backward_);
+    at::Tensor gradient;
+    if (session_.is_last_stage())
+      gradient = steps_.loss_gradient(head_, kept.output, microbatch, losses);
+    else if (!is_forward_only_)
+      gradient = arrived(backward_);
+    if (is_forward_only_) return;
     for (int64_t block = blocks_.end - 1; block >= blocks_.begin; --block) {
       gradient = steps_.backward(weights_.block(block), kept.blocks.back(), gradient, microbatch,
                                  is_last_of_shard, *observers_[static_cast<size_t>(block - blocks_.begin)]);
@@ -139,6 +144,7 @@ class Stage {
 
   /// Blocks of this stage whose activations fit the memory set aside for all microbatches in flight.
   [[nodiscard]] int64_t count_kept_blocks() const {
+    if (is_forward_only_) return 0;
     const int64_t in_flight = session_.grid->shape().stages - session_.grid->stage();
     return model::count_kept_blocks(session_.model(), kept_activations(session_.config, session_.dtype),
                                     in_flight);
@@ -150,6 +156,7 @@ class Stage {
   at::Tensor embedding_;     // on the entry stage without a source
   model::HeadWeights head_;  // on the last stage
   MeasureSteps steps_;
+  bool is_forward_only_;
   int entry_stage_;
   Range blocks_;
   Link forward_, backward_;
@@ -230,6 +237,20 @@ void measure_pipelined(const Session& session, const CalibrationSet& calibration
   world.agree(failure, code);
 }
 
+// losses [microbatches, 3]: nll, predicted tokens and KL, each where it was computed. Collective.
+PassLoss loss_of_all(at::Tensor losses, const MeasurePass& pass, const comm::Communicator& world) {
+  share_disjoint(losses, world);
+  double nll = 0, n = 0, kl = 0;
+  for (int64_t i = 0; i < losses.size(0); ++i) {
+    nll += losses[i][0].item<double>();
+    n += losses[i][1].item<double>();
+    kl += losses[i][2].item<double>();
+  }
+  PassLoss loss{.nll_per_token = nll / std::max(1.0, n), .n_tokens = static_cast<int64_t>(n)};
+  if (pass.original) loss.kl_per_token = kl / std::max(1.0, n);
+  return loss;
+}
+
 }  // namespace
 
 // "2", "2 by head", "2 by cluster, of 8 sequences".
@@ -277,25 +298,14 @@ MeasureResult measure(const Session& session, const CalibrationSet& calibration,
   else
     measure_pipelined(session, calibration, weights, pass, losses);
 
-  share_disjoint(losses, world);
-  MeasureResult result;
-  result.wall_s = timer.seconds();
-  double nll = 0, kl = 0;
-  for (int64_t i = 0; i < n_microbatches; ++i) {
-    nll += losses[i][0].item<double>();
-    result.n_tokens += static_cast<int64_t>(losses[i][1].item<double>());
-    kl += losses[i][2].item<double>();
-  }
-  const auto n_tokens = static_cast<double>(std::max<int64_t>(1, result.n_tokens));
-  result.nll_per_token = nll / n_tokens;
-  if (pass.original) result.kl_per_token = kl / n_tokens;
+  MeasureResult result{.loss = loss_of_all(losses, pass, world), .wall_s = timer.seconds()};
   nlohmann::json event = {{"title", pass.title},
                           {"first_block", pass.first_block},
                           {"loss", pass.loss.empty() ? session.config.sensitivity.loss : pass.loss},
                           {"seconds", result.wall_s},
-                          {"tokens", result.n_tokens},
-                          {"nll_per_token", result.nll_per_token}};
-  if (result.kl_per_token) event["kl_per_token"] = *result.kl_per_token;
+                          {"tokens", result.loss.n_tokens},
+                          {"nll_per_token", result.loss.nll_per_token}};
+  if (result.loss.kl_per_token) event["kl_per_token"] = *result.loss.kl_per_token;
   events.write("measured", event);
   return result;
 }
@@ -304,11 +314,8 @@ at::Tensor visit_probe(const Session& session, const CalibrationSet& calibration
                        const model::WeightStore& weights, const MeasurePass& pass,
                        const std::vector<data::Microbatch>& probe, const Observation& observation) {
   comm::Watchdog::set_activity(pass.title);
-  const Range local =
-      calibration.shards.sequences_of(session.grid->replica(), session.grid->shape().replicas);
-  std::vector<data::Microbatch> mine;
-  for (const data::Microbatch& microbatch : probe)
-    if (local.contains(microbatch.sequences.begin)) mine.push_back(microbatch);
+  const std::vector<data::Microbatch> mine =
+      calibration.shards.held_among(probe, session.grid->replica(), session.grid->shape().replicas);
   at::Tensor losses = at::zeros({std::ssize(calibration.shards.microbatches()), 3}, at::kDouble);
   if (weights.is_streamed()) {
     sweep_back(session, calibration, weights, pass, mine, observation, losses);
@@ -323,6 +330,12 @@ at::Tensor visit_probe(const Session& session, const CalibrationSet& calibration
   }
   stage.hand_over(observation);
   return losses;
+}
+
+PassLoss measure_loss(const Session& session, const CalibrationSet& calibration,
+                      const model::WeightStore& weights, const MeasurePass& pass,
+                      const std::vector<data::Microbatch>& probe) {
+  return loss_of_all(visit_probe(session, calibration, weights, pass, probe, {}), pass, session.world());
 }
 
 std::map<int64_t, std::array<at::Tensor, model::kProjections>> measure_token_weights(

@@ -18,7 +18,9 @@ void sweep_back(const Session& session, const CalibrationSet& calibration, const
   const MeasureSteps steps(session, calibration, pass);
   const int64_t n_blocks = session.model().n_blocks;
   const bool enters = session.grid->stage() == session.stage_of(pass.first_block);
-  report::Progress progress(pass.title, 2 * (n_blocks - pass.first_block), "blocks (forward, backward)", 0,
+  const int64_t n_ways = pass.is_forward_only ? 1 : 2;
+  report::Progress progress(pass.title, n_ways * (n_blocks - pass.first_block),
+                            pass.is_forward_only ? "blocks" : "blocks (forward, backward)", 0,
                             world.rank() == 0);
 
   // X of every block, all microbatches.                                                  kept for the way
@@ -43,7 +45,7 @@ void sweep_back(const Session& session, const CalibrationSet& calibration, const
   embedding.reset();
   forward.step = [&](int64_t block, const model::BlockWeights& block_weights, int64_t item,
                      const at::Tensor& state) {
-    inputs.keep(block, item, state);
+    if (!pass.is_forward_only) inputs.keep(block, item, state);
     return steps.forward(block_weights, state);
   };
   forward.end_block = [&](int64_t) { progress.advance(); };
@@ -58,6 +60,7 @@ void sweep_back(const Session& session, const CalibrationSet& calibration, const
   for (size_t i = 0; i < states.size(); ++i)
     states[i] = steps.loss_gradient(head, states[i], mine[i], losses);
   head = {};
+  if (pass.is_forward_only) return;
 
   // Back through the blocks; each one's statistics are whole when it is left.            one block at a time
   std::unique_ptr<BlockObserver> observer;

@@ -40,7 +40,8 @@ std::vector<at::Tensor> sweep_original(const Session& session, const Calibration
 }  // namespace
 
 std::map<int64_t, at::Tensor> forward_original(const Session& session, const CalibrationSet& calibration,
-                                               const model::WeightStore& weights) {
+                                               const model::WeightStore& weights,
+                                               const std::vector<data::Microbatch>& microbatches) {
   const at::NoGradGuard no_grad;
   const comm::Communicator& world = session.world();
   const int stage = session.grid->stage();
@@ -54,7 +55,7 @@ std::map<int64_t, at::Tensor> forward_original(const Session& session, const Cal
     link.expect({microbatch.sequences.size(), calibration.tokens.length(), session.model().d_model}, options);
   };
   const std::vector<data::Microbatch> mine =
-      calibration.shards.microbatches_of(session.grid->replica(), session.grid->shape().replicas);
+      calibration.shards.held_among(microbatches, session.grid->replica(), session.grid->shape().replicas);
   if (weights.is_streamed()) {
     const std::vector<at::Tensor> states = sweep_original(session, calibration, weights, rotary, mine);
     for (size_t i = 0; i < states.size(); ++i) outputs.emplace(mine[i].index, states[i]);

@@ -230,7 +230,7 @@ class QuantizePass {
     }
     require_same_codes(block);
     write_block(block);
-    report_block(block, records, travels ? streams_.deviation() : std::nullopt, timer.seconds(), progress);
+    report_block(block, records, travels, timer.seconds(), progress);
     state_.next_block = block + 1;
   }
 
@@ -270,9 +270,8 @@ class QuantizePass {
     });
   }
 
-  void report_block(int64_t block, const std::vector<ModuleRecord>& records, std::optional<double> deviation,
-                    double wall_s, report::Progress& progress) {
-    double before = 0, after = 0;
+  void report_block(int64_t block, const std::vector<ModuleRecord>& records, bool travels, double wall_s,
+                    report::Progress& progress) {
     for (const ModuleRecord& record : records) {
       state_.bits[record.module] = record.bits;
       nlohmann::json event = to_json(record);
@@ -284,14 +283,20 @@ class QuantizePass {
       log::debug("  {}: {} bits, damping {:g}, n_eff/d {:.1f}, objective {:.4g} -> {:.4g}, {:.2f} s",
                  record.module, record.bits, record.damping, record.effective_samples_per_channel,
                  record.objective_rounded, record.objective, record.wall_s);
-      before += record.objective_rounded;
-      after += record.objective;
     }
-    progress.note(fmt::format("block {}/{}: {} linears, objective {:.4g} -> {:.4g}, {:.1f} s", block + 1,
-                              session_.model().n_blocks, records.size(), before, after, wall_s));
-    nlohmann::json event = {
-        {"block", block}, {"seconds", wall_s}, {"objective_round_to_nearest", before}, {"objective", after}};
-    if (deviation) event["deviation"] = *deviation;
+    BlockRecord of_block = block_record(block, records);
+    if (travels) {
+      of_block.deviation = streams_.deviation();
+      of_block.loss = reestimation_.loss_before(block + 1, streams_);
+    }
+    std::string note = fmt::format("block {}/{}: {} linears, objective {:.4g} -> {:.4g}, {:.1f} s", block + 1,
+                                   session_.model().n_blocks, records.size(), of_block.objective_rounded,
+                                   of_block.objective, wall_s);
+    if (of_block.loss) note += fmt::format(", KL so far {:.4f}", of_block.loss->kl_per_token.value_or(0));
+    progress.note(note);
+    nlohmann::json event = to_json(of_block);
+    state_.block_records.push_back(event.dump());
+    event["seconds"] = wall_s;
     events_.write("block", event);
   }
 
@@ -327,7 +332,8 @@ class QuantizePass {
       records.push_back(nlohmann::json::parse(record));
       result.n_fallbacks += records.back()["fallbacks"].get<int64_t>();
     }
-    nlohmann::json reestimations = nlohmann::json::array();
+    nlohmann::json reestimations = nlohmann::json::array(), blocks = reestimations;
+    for (const std::string& record : state_.block_records) blocks.push_back(nlohmann::json::parse(record));
     for (const std::string& record : state_.reestimations) {
       reestimations.push_back(nlohmann::json::parse(record));
       result.reestimations.push_back({.block = reestimations.back()["block"].get<int64_t>(),
@@ -339,6 +345,7 @@ class QuantizePass {
     session_.world().agree_on([&] {
       if (session_.world().rank() != 0) return;
       io::write_text_atomically(run_.path() / "modules.json", records.dump(1) + "\n");
+      io::write_text_atomically(run_.path() / "blocks.json", blocks.dump(1) + "\n");
       if (!reestimations.empty())
         io::write_text_atomically(run_.path() / "reestimations.json", reestimations.dump(1) + "\n");
     });

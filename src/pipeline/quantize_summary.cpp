@@ -16,7 +16,29 @@ nlohmann::json to_json(const ModuleRecord& record) {
                          {"objective", record.objective},
                          {"bits_per_weight", record.bits_per_weight}};
   if (record.objective_asymmetric) json["objective_asymmetric"] = *record.objective_asymmetric;
+  if (record.n_sweeps > 0) json["sweeps"] = record.n_sweeps;
   if (record.shrinkage > 0) json["shrinkage"] = record.shrinkage;
+  return json;
+}
+
+BlockRecord block_record(int64_t block, const std::vector<ModuleRecord>& linears) {
+  BlockRecord record{.block = block};
+  for (const ModuleRecord& linear : linears) {
+    record.objective_rounded += linear.objective_rounded;
+    record.objective += linear.objective;
+  }
+  return record;
+}
+
+nlohmann::json to_json(const BlockRecord& record) {
+  nlohmann::json json = {{"block", record.block},
+                         {"objective_round_to_nearest", record.objective_rounded},
+                         {"objective", record.objective}};
+  if (record.deviation) json["deviation"] = *record.deviation;
+  if (record.loss) {
+    json["nll_per_token"] = record.loss->nll_per_token;
+    if (record.loss->kl_per_token) json["kl_per_token"] = *record.loss->kl_per_token;
+  }
   return json;
 }
 

@@ -116,6 +116,8 @@ class SetRows::RowTiles {
     refiner_.emplace(own, target_, unit_.factor);
   }
   [[nodiscard]] std::optional<quant::Refiner>& refiner() { return refiner_; }
+  /// On every rank.
+  void count_sweeps(int64_t n) { n_sweeps_ = n; }
 
   /// This rank's codes are what they will be. With a correction they were not chosen for the original
   /// weights: their objective takes the factor's panels once more, by `judge`.
@@ -162,6 +164,7 @@ class SetRows::RowTiles {
       rounded += objectives_[tile][0].item<double>();
       n_sampled_rows += rows_in(tile).size();
     }
+    record.n_sweeps = std::max(record.n_sweeps, n_sweeps_);
     record.objective_rounded += rounded * static_cast<double>(n_rows_) / static_cast<double>(n_sampled_rows);
     if (session_.config.quantization.asymmetric.is_on() && !unit_.factor.failed)
       record.objective_asymmetric = record.objective_asymmetric.value_or(0) + asymmetric;
@@ -219,6 +222,7 @@ class SetRows::RowTiles {
   at::Tensor weight_;              ///< [rows, C], or of the whole module where rows_ choose
   at::Tensor rows_;                ///< [n_rows] i64, or undefined
   int64_t first_row_, n_rows_, height_, n_tiles_, every_;
+  int64_t n_sweeps_ = 0;
   TileShare share_;
   at::Tensor objectives_;                          ///< [tiles, 3] f64: rounded, chosen, asymmetric
   std::optional<quant::CorrectedRows> corrected_;  ///< this rank's rows
@@ -355,8 +359,10 @@ void SetRows::refine(size_t u) {
   // Modules of one unit may have groups of their own: each sees slabs that suit it.
   std::map<int64_t, std::vector<RowTiles*>> by_width;
   for (RowTiles& module : modules_[u]) by_width[module.group_width()].push_back(&module);
-  for (auto& [width, modules] : by_width)
-    for (int64_t pass = 0; pass <= session_.config.quantization.refinement.sweeps; ++pass)
+  const int64_t most = session_.config.quantization.refinement.sweeps;
+  for (auto& [width, modules] : by_width) {
+    bool gains = true;
+    for (int64_t pass = 0; pass <= most && gains; ++pass) {
       for (const Range& columns : quant::refinement_slabs(layout.columns, width)) {
         const at::Tensor rows = share_slab(factor, layout, columns, is_everywhere(), *session_.devices);
         const trace::Span span("refine rows");
@@ -365,6 +371,13 @@ void SetRows::refine(size_t u) {
           if (std::optional<quant::Refiner>& refiner = module->refiner())
             pass == 0 ? refiner->load(slab) : refiner->sweep(slab);
       }
+      for (RowTiles* module : modules) module->count_sweeps(pass);
+      if (pass == 0 || pass == most) continue;
+      gains = session_.world().any(std::any_of(modules.begin(), modules.end(), [](RowTiles* module) {
+        return module->refiner() && !module->refiner()->is_settled();
+      }));
+    }
+  }
 }
 
 }  // namespace isobath::pipeline

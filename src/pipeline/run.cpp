@@ -281,8 +281,8 @@ void run(const config::RunConfig& given, const std::vector<Stage>& stages, bool 
     prediction.record("measure", closing.measured->wall_s, events);
     directory.mark_complete("measure");
     return_free_memory();  // quantize's peak is its own, not on top of this one's
-    log::info("measured {} tokens in {}: {:.4f} nats per token", closing.measured->n_tokens,
-              report::Progress::format_duration(closing.measured->wall_s), closing.measured->nll_per_token);
+    log::info("measured {} tokens in {}: {:.4f} nats per token", closing.measured->loss.n_tokens,
+              report::Progress::format_duration(closing.measured->wall_s), closing.measured->loss.nll_per_token);
   }
 
   // §3  W_l -> grid, block by block, H = XᵀDX of the quantized prefix's activations      model/, one shard a

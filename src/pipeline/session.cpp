@@ -131,6 +131,7 @@ model::Activations kept_activations(const config::RunConfig& config, at::ScalarT
 }
 
 int Session::stage_of(int64_t block) const {
+  if (block == model().n_blocks) return grid->shape().stages - 1;
   for (size_t stage = 0; stage < stage_blocks.size(); ++stage)
     if (stage_blocks[stage].contains(block)) return static_cast<int>(stage);
   fail<InternalError>("block {} belongs to no stage", block);

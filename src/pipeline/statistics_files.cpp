@@ -108,8 +108,11 @@ std::array<sensitivity::RowGroups, model::kProjections> read_row_groups(
   for (int p = 0; p < model::kProjections; ++p) {
     const std::string group = group_of(p);
     if (!file.contains(group + "/row_order") || !file.contains(group + "/row_group_sizes"))
-      fail<DataError>("{}: expected {}/row_order and row_group_sizes of clustered row groups, found none",
-                      path.string(), group);
+      fail<DataError>(
+          "{}: expected {}/row_order and row_group_sizes of clustered row groups, found none; `isobath "
+          "measure` "
+          "with sensitivity.grouping: cluster leaves them",
+          path.string(), group);
     sensitivity::RowGroups& groups = result[static_cast<size_t>(p)];
     groups.order = file.read(group + "/row_order").to(at::kLong).contiguous();
     const at::Tensor sizes = file.read(group + "/row_group_sizes").to(at::kLong);
@@ -181,19 +184,23 @@ void require_header(const std::string& who, const std::filesystem::path& directo
           "it",
           who, path.string(), n_blocks);
   }
-  const io::Hdf5Reader file(statistics_path(directory, 0));
-  for (const auto& [name, value] : expected) {
-    std::string found = "(absent)";
-    if (file.has_attribute("/", name)) {
-      const io::Attribute attribute = file.attribute("/", name);
-      if (const auto* text = std::get_if<std::string>(&attribute)) found = *text;
+  for (int64_t block = 0; block < n_blocks; ++block) {
+    const io::Hdf5Reader file(statistics_path(directory, block));
+    for (const auto& [name, value] : expected) {
+      std::string found = "(absent)";
+      if (file.has_attribute("/", name)) {
+        const io::Attribute attribute = file.attribute("/", name);
+        if (const auto* text = std::get_if<std::string>(&attribute)) found = *text;
+      }
+      if (found != value)
+        differences += fmt::format("\n  {}: this run has {}, the statistics have {}", name, value, found);
     }
-    if (found != value)
-      differences += fmt::format("\n  {}: this run has {}, the statistics have {}", name, value, found);
+    if (!differences.empty())
+      fail<ConfigError>(
+          "{}: the statistics in {} were measured differently:{}{}\n`isobath measure` with this run's "
+          "configuration makes statistics that fit it",
+          who, directory.string(), block == 0 ? "" : fmt::format(" (those of block {})", block), differences);
   }
-  if (!differences.empty())
-    fail<ConfigError>("{}: the statistics in {} were measured differently:{}", who, directory.string(),
-                      differences);
 }
 
 }  // namespace isobath::pipeline

@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include <isobath/sensitivity/token_weights.hpp>
+
 namespace isobath::pipeline {
 namespace {
 
@@ -72,7 +74,11 @@ void StatisticsObserver::observe(model::Projection projection, const at::Tensor&
   }
   const at::Tensor weights = token_weights_.add(projection, gradient);
   if (module.perturbations)
-    module.perturbations->observe(x, gradient, mask_, weights.mean(2), microbatch_.sequences, sample_);
+    module.perturbations->observe(
+        x, gradient, mask_,
+        sensitivity::mean_over_channels(weights,
+                                        token_weights_.row_groups()[static_cast<size_t>(projection)].ranges),
+        microbatch_.sequences, sample_);
   if (!module.covariances.empty()) module.input = x;
 }
 

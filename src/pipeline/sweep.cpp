@@ -41,7 +41,7 @@ std::vector<at::Tensor> sweep(const Session& session, const model::WeightStore& 
     return pass.blocks.contains(block) && session.my_blocks().contains(block);
   };
   int working = session.stage_of(first);
-  if (!is_mine(first)) states.clear();
+  if (session.grid->stage() != working) states.clear();
   for (int64_t block = first; pass.blocks.contains(block); block += direction) {
     comm::Watchdog::set_activity(fmt::format("{}, block {}", pass.title, block));
     if (const int stage = session.stage_of(block); stage != working) {

@@ -186,7 +186,7 @@ class TunePass {
   /// The original's weights go before the quantized ones come.
   static std::map<int64_t, at::Tensor> outputs_of(const Session& session, const CalibrationSet& calibration,
                                                   model::WeightStore original) {
-    return forward_original(session, calibration, original);
+    return forward_original(session, calibration, original, calibration.shards.microbatches());
   }
 
   void read_matrices() {

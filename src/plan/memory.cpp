@@ -93,10 +93,17 @@ double replica_states(const Job& job) {
          job.shapes.element_bytes;
 }
 
-/// The original model's, which loss kl keeps from the first re-estimation to the end.
+/// The original model's, which loss kl keeps from the first re-estimation to the end, and tracking of its
+/// sequences.
 RankMemory::Item original_outputs(const Job& job, int stage) {
-  const bool keeps = job.reestimates() && job.config.quantization.reestimate.loss == "kl";
-  return {"outputs of the original", keeps && stage + 1 == job.layout.stages ? replica_states(job) : 0};
+  const config::Reestimate& reestimate = job.config.quantization.reestimate;
+  double share = 0;
+  if (job.reestimates() && reestimate.loss == "kl")
+    share = 1;
+  else if (job.uses_covariance() && reestimate.track)
+    share = std::min(1.0, static_cast<double>(reestimate.probe_sequences) /
+                              static_cast<double>(job.layout.sequences_per_replica));
+  return {"outputs of the original", stage + 1 == job.layout.stages ? share * replica_states(job) : 0};
 }
 
 RankMemory::Item process(const Job& job) {

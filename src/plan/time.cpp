@@ -74,6 +74,31 @@ double stream_s(const Job& job, double n_blocks, double readers) {
                            : 0;
 }
 
+/// Forward alone through the blocks from `first_block` on, of a share of the sequences; with_loss: also KL.
+StageTime forward_time(const Job& job, int64_t first_block, double share, bool with_loss) {
+  // Logits of both models and the gradient's product, where a pass of its own loss has two of the three.
+  constexpr double kDivergence = 1.5;
+  const double n = job.mean_microbatch() * job.length();
+  double most = 0, sum = 0;
+  for (const Range& range : job.layout.blocks) {
+    const auto n_blocks =
+        static_cast<double>(std::max<int64_t>(0, range.end - std::max(range.begin, first_block)));
+    Work work = n_blocks * forward_block(job.shapes, n, job.length());
+    if (with_loss && range.end == job.model.n_blocks) work += kDivergence * head_loss(job.shapes, n, {});
+    const double computing = seconds_of(job, work);
+    most = std::max(most, computing);
+    sum += computing;
+  }
+  const double n_microbatches =
+      std::max(1.0, std::ceil(share * static_cast<double>(job.layout.microbatches_per_replica)));
+  StageTime time{.name = "forward", .compute_s = n_microbatches * most, .idle_s = sum - most};
+  if (job.is_streamed())
+    time.disk_s = std::max(
+        0.0, stream_s(job, job.shapes.n_blocks - static_cast<double>(first_block), job.layout.replicas) -
+                 time.total_s());
+  return time;
+}
+
 }  // namespace
 
 StageTime load_time(const Job& job) {
@@ -190,8 +215,19 @@ StageTime quantize_time(const Job& job, const config::Reestimate& reestimate) {
     const double compared = reestimate.policy == "drift" ? share_of(job, reestimate.probe_sequences) : 0;
     for (int64_t at = reestimate.blocks; at < job.model.n_blocks; at += reestimate.blocks)
       add(all, reestimate_time(job, at), 1 + compared);
+    if (reestimate.loss == "kl") add(all, forward_time(job, 0, 1, /*with_loss=*/false), 1);
     add(time, all, 1);
     time.parts.emplace_back("re-estimation", all.total_s());
+  }
+  if (job.uses_covariance() && reestimate.track) {
+    StageTime all{.name = "divergence behind each block"};
+    const double share = share_of(job, reestimate.probe_sequences);
+    for (int64_t behind = 1; behind <= job.model.n_blocks; ++behind)
+      add(all, forward_time(job, behind, share, /*with_loss=*/true), 1);
+    const bool keeps_all = job.is_weighted() && reestimate.policy != "never" && reestimate.loss == "kl";
+    if (!keeps_all) add(all, forward_time(job, 0, share, /*with_loss=*/false), 1);
+    add(time, all, 1);
+    time.parts.emplace_back(all.name, all.total_s());
   }
   return time;
 }

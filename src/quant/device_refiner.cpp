@@ -25,7 +25,8 @@ DeviceRefiner::DeviceRefiner(const QuantizedMatrix& start, const at::Tensor& tar
       codes_(start.codes.to(device_).t().index_select(0, order_)),
       scale_(start.scale.to(device_, at::kFloat).t().contiguous()),
       zero_(start.zero.to(device_).t().contiguous()),
-      errors_(at::zeros({n_columns_, n_rows_}, at::TensorOptions(at::kFloat).device(device_))) {}
+      errors_(at::zeros({n_columns_, n_rows_}, at::TensorOptions(at::kFloat).device(device_))),
+      moved_(at::zeros({}, at::TensorOptions(at::kBool).device(device_))) {}
 
 DeviceRefiner::Columns DeviceRefiner::columns_of(const Slab& slab) const {
   const Range range = slab.columns;
@@ -60,9 +61,14 @@ void DeviceRefiner::sweep(const Slab& slab) {
   kernels::add_device_product(gradient, rows.t().contiguous(), errors_.slice(0, columns.range.begin));
   move_codes(columns, curvature, gradient);
   if (!is_permuted_) move_grids(columns, curvature, gradient);
-  add(rows, columns.values - before, columns.range.begin);
+  const at::Tensor change = columns.values - before;
+  add(rows, change, columns.range.begin);
+  moved_.logical_or_(change.ne(0).any());
   codes_.slice(0, columns.range.begin, columns.range.end)
       .copy_(columns.steps + zero_.index_select(0, columns.groups).to(at::kFloat));
+  if (columns.range.end < n_columns_) return;
+  is_settled_ = !moved_.item<bool>();
+  moved_.zero_();
 }
 
 void DeviceRefiner::move_codes(Columns& columns, const at::Tensor& curvature, at::Tensor& gradient) {

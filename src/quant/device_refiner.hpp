@@ -19,6 +19,7 @@ class DeviceRefiner {
 
   void load(const Slab& slab);
   void sweep(const Slab& slab);
+  [[nodiscard]] bool is_settled() const { return is_settled_; }
 
   /// On the host, scales in f32.
   [[nodiscard]] QuantizedMatrix matrix() const;
@@ -52,6 +53,8 @@ class DeviceRefiner {
   at::Tensor scale_;   ///< [G, R] f32
   at::Tensor zero_;    ///< [G, R] i8
   at::Tensor errors_;  ///< [C, R] f32: Eᵀ/√mean, order of the factor
+  at::Tensor moved_;   ///< bool: whether a value changed since the sweep began
+  bool is_settled_ = false;
 };
 
 }  // namespace isobath::quant

@@ -273,6 +273,10 @@ class Refiner::Host {
     });
   }
 
+  [[nodiscard]] bool is_settled() const {
+    return std::all_of(strips_.begin(), strips_.end(), [](const Strip& strip) { return strip.is_settled; });
+  }
+
   /// Σ ‖E‖²/mean of the rows of a tile, which starts a strip.
   [[nodiscard]] double squares(Range rows) const {
     double sum = 0;
@@ -332,6 +336,10 @@ void Refiner::sweep(const Slab& slab) {
   device_ ? device_->sweep(slab) : host_->sweep(slab);
 }
 
+bool Refiner::is_settled() const {
+  return device_ ? device_->is_settled() : host_->is_settled();
+}
+
 at::Tensor Refiner::objectives(int64_t tile_rows) const {
   ISOBATH_CHECK(tile_rows % kRowTile == 0, "tiles of {} rows", tile_rows);
   const int64_t n_rows = target_.size(0);
@@ -372,7 +380,7 @@ QuantizedMatrix refine(const QuantizedMatrix& start, const at::Tensor& target, c
                        int64_t sweeps) {
   const int64_t group_width = factor.n_columns() / n_groups(factor.n_columns(), start.spec);
   Refiner refiner(start, target, factor);
-  for (int64_t pass = 0; pass <= sweeps; ++pass)
+  for (int64_t pass = 0; pass <= sweeps && !refiner.is_settled(); ++pass)
     for (const Range& columns : refinement_slabs(panels_of(factor), group_width)) {
       const Slab slab = slab_of(factor, columns, pass > 0);
       pass == 0 ? refiner.load(slab) : refiner.sweep(slab);

@@ -31,6 +31,16 @@ void weigh_scattered(const at::Tensor& gradient, const RowGroups& groups, at::Te
 
 }  // namespace
 
+at::Tensor mean_over_channels(const at::Tensor& weights, const std::vector<Range>& groups) {
+  ISOBATH_CHECK(weights.size(-1) == std::ssize(groups), "weights of {} row groups, not of {}",
+                weights.size(-1), groups.size());
+  if (groups.size() == 1) return weights.select(-1, 0);
+  std::vector<double> shares;
+  for (const Range& rows : groups)
+    shares.push_back(static_cast<double>(rows.size()) / static_cast<double>(groups.back().end));
+  return weights.to(at::kDouble).matmul(at::tensor(shares, at::kDouble)).to(at::kFloat);
+}
+
 RowGroups row_ranges(int64_t n_rows, int64_t row_groups, int64_t unit) {
   ISOBATH_CHECK(unit > 0 && n_rows % unit == 0 && 1 <= row_groups && row_groups <= n_rows / unit,
                 "{} row groups of {} rows in units of {}", row_groups, n_rows, unit);

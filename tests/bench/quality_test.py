@@ -43,6 +43,17 @@ class AgainstReference(unittest.TestCase):
         self.assertIsNone(table.against_reference(of_kl(0.5), {}))
 
 
+class Programs(unittest.TestCase):
+    def table_of(self, *programs):
+        runs = [one for one in matrix.read(QUALITY / "defaults.yaml", "quick").runs if one.model == "small"][:len(programs)]
+        results = {one.name: {**METRICS, "program": program} for one, program in zip(runs, programs)}
+        return table.markdown(table.rows(results, runs), {"small": 1.0})
+
+    def test_the_table_tells_of_more_than_one_build(self):
+        self.assertNotIn("builds", self.table_of("isobath 1 (a)", "isobath 1 (a)"))
+        self.assertIn("Made by 2 builds: isobath 1 (a), isobath 1 (b).", self.table_of("isobath 1 (b)", "isobath 1 (a)"))
+
+
 class Matrix(unittest.TestCase):
     def read(self, name):
         return matrix.read(QUALITY / name, "full").runs

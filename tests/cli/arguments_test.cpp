@@ -40,6 +40,7 @@ TEST(Arguments, EveryCommandIsKnown) {
   EXPECT_EQ(std::get<Arguments>(parsed({"inspect", "p", "--by", "channel"})).granularity, "channel");
   EXPECT_EQ(usage_of({"inspect", "p", "--by", "row"}).substr(0, 2), "2 ");
   EXPECT_EQ(std::get<Arguments>(parsed({"version"})).command, Command::version);
+  EXPECT_EQ(usage_of({"--version"}).substr(0, 10), "0 isobath ");
   const auto plan = std::get<Arguments>(parsed({"plan", "c", "--cluster", "k", "--ranks", "32",
                                                 "--model-config", "m", "--json", "f", "--set", "a=1"}));
   EXPECT_EQ(plan.command, Command::plan);

@@ -41,7 +41,7 @@ quantization:
   damping: 1e-3
   refinement: {sweeps: 3}
   asymmetric: {correction: gptaq, strength: 0.75, ridge: 2}
-  reestimate: {policy: drift, blocks: 7, loss: kl, threshold: 0.75, probe_sequences: 9}
+  reestimate: {policy: drift, blocks: 7, loss: kl, threshold: 0.75, probe_sequences: 9, track: true}
   ignore: []
   overrides:
     - {match: 're:.*\.down_proj$', bits: 4, group: 32}
@@ -97,6 +97,7 @@ checkpoint: {every_blocks: 12, keep: 13}
   EXPECT_EQ(c.quantization.reestimate.loss, "kl");
   EXPECT_EQ(c.quantization.reestimate.threshold, 0.75);
   EXPECT_EQ(c.quantization.reestimate.probe_sequences, 9);
+  EXPECT_TRUE(c.quantization.reestimate.track);
   EXPECT_TRUE(c.quantization.ignore.empty());
   ASSERT_EQ(c.quantization.overrides.size(), 2U);
   EXPECT_EQ(c.quantization.overrides[0].match, "re:.*\\.down_proj$");

@@ -39,6 +39,14 @@ TEST(ShardPlan, HoldersCoverEverySequenceOnceInOrder) {
             next_sequence = microbatch.sequences.end;
           }
           EXPECT_EQ(held.end, next_sequence);
+          std::vector<Microbatch> some, expected;
+          for (const Microbatch& microbatch : plan.microbatches())
+            if (microbatch.index % 2 == 1) some.push_back(microbatch);
+          for (const Microbatch& microbatch : some)
+            if (held.contains(microbatch.sequences.begin)) expected.push_back(microbatch);
+          const std::vector<Microbatch> found = plan.held_among(some, part, n_parts);
+          ASSERT_EQ(found.size(), expected.size());
+          for (size_t i = 0; i < found.size(); ++i) EXPECT_EQ(found[i].index, expected[i].index);
         }
         EXPECT_EQ(next_sequence, n_sequences);
         EXPECT_EQ(next_microbatch, static_cast<int64_t>(plan.microbatches().size()));

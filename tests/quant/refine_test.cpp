@@ -89,6 +89,35 @@ TEST(Refine, NeverRaisesTheObjectiveAndHelps) {
   }
 }
 
+TEST(Refine, EndsWhenNothingIsToBeGained) {
+  constexpr int64_t kMany = 1000;
+  const Problem problem = random_problem(40, 96, 24);
+  for (const bool symmetric : {true, false}) {
+    const GridSpec spec{.bits = 3, .group = 32, .symmetric = symmetric};
+    const Factor factor = factorize(problem.h, {.damping = kDamping, .panel_width = 32});
+    Refiner refiner(gptq(problem.w, factor, spec), problem.w, factor);
+    const auto visit = [&](bool loads) {
+      for (const Range& columns : refinement_slabs(column_panels(96, 32), 32)) {
+        const Slab slab = slab_of(factor, columns, !loads);
+        loads ? refiner.load(slab) : refiner.sweep(slab);
+      }
+    };
+    visit(true);
+    EXPECT_FALSE(refiner.is_settled());
+    int64_t n_sweeps = 0;
+    for (; n_sweeps < kMany && !refiner.is_settled(); ++n_sweeps) visit(false);
+
+    EXPECT_GT(n_sweeps, 1);
+    EXPECT_LT(n_sweeps, kMany);
+    const QuantizedMatrix settled = refiner.take();
+    visit(false);
+    EXPECT_TRUE(at::equal(refiner.take().codes, settled.codes));
+    EXPECT_TRUE(at::equal(refiner.take().scale, settled.scale));
+    EXPECT_TRUE(
+        at::equal(refine(gptq(problem.w, factor, spec), problem.w, factor, kMany).codes, settled.codes));
+  }
+}
+
 TEST(Refine, AgreesWithTheLiteralDescent) {
   Problem problem = random_problem(24, 64, 22);
   problem.h[5].zero_();

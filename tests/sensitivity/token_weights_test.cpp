@@ -76,6 +76,19 @@ TEST(TokenWeights, OfScatteredGroupsAreTheirMeanSquares) {
   }
 }
 
+TEST(MeanOverChannels, CountsEveryOutputChannelOnce) {
+  at::manual_seed(3);
+  const RowGroups groups{.order = at::tensor({1, 4, 6, 0, 2, 3, 5}, at::kLong), .ranges = {{0, 2}, {2, 7}}};
+  const at::Tensor gradient = at::randn({3, 9, 7});
+
+  const at::Tensor mean = mean_over_channels(token_weights(gradient, groups), groups.ranges);
+
+  EXPECT_LT(relative_error(mean, gradient.to(at::kDouble).square().mean(2)), kSingleTolerance);
+  const RowGroups whole = row_ranges(7, 1, 1);
+  EXPECT_TRUE(at::equal(mean_over_channels(token_weights(gradient, whole), whole.ranges),
+                        token_weights(gradient, whole).select(2, 0)));
+}
+
 TEST(TokenWeights, OfAZeroGradientAreZero) {
   EXPECT_EQ(token_weights(at::zeros({1, 3, 8}, at::kBFloat16), 2).abs().max().item<float>(), 0.0F);
 }

@@ -7,7 +7,8 @@ import subprocess
 
 import h5py
 import numpy
-from isobath_system import BLOCKS, ENVIRONMENT, Workspace, binary, run_well, write_tokens
+from isobath_system import (BLOCKS, ENVIRONMENT, Workspace, assert_same_bytes, binary, digests_of, run_well,
+                            write_tokens)
 
 FUSED_SETS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
               ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
@@ -37,6 +38,10 @@ def refused(config, mentions, *options, command="allocate"):
     print(f"refused: {errors[0]}", flush=True)
 
 
+def model_digests(output):
+    return digests_of(output, [*(output / "model").iterdir(), output / "modules.json", output / "evaluation.json"])
+
+
 def widths_of(path):
     return {match: int(bits) for match, bits in re.findall(r"match: (\S+), bits: (\d)", path.read_text())}
 
@@ -51,6 +56,11 @@ def choose(space, config, method):
     for block in range(BLOCKS):
         for fused in FUSED_SETS:
             assert len({widths[f"model.layers.{block}.{name}"] for name in fused}) == 1, widths
+    for ranks in (1, 4):
+        again = space.path / "widths" / f"{method}-{ranks}.yaml"
+        well("allocate", config, "--budget", str(BUDGET), "--method", method, "--output", str(again), ranks=ranks)
+        for one, other in ((output, again), (output.with_suffix(".json"), again.with_suffix(".json"))):
+            assert one.read_bytes() == other.read_bytes(), f"{one} of 2 ranks is not {other} of {ranks}"
     return widths, json.loads(output.with_suffix(".json").read_text())
 
 
@@ -81,8 +91,12 @@ def allocation_and_quantization(space, config):
     well("allocate", config, "--budget-bytes", str(reports["quadratic"]["budget_bits"] // 8), "--output", str(in_bytes))
     widths = widths_of(in_bytes)
     assert len(set(widths.values())) > 1, widths
-    job = run_well(space.config("mixed"), stages=1, replicas=2,
-                   settings=(f"quantization.allocation={in_bytes}", f"sensitivity.reuse={space.path}/scored/measure"))
+    settings = (f"quantization.allocation={in_bytes}", f"sensitivity.reuse={space.path}/scored/measure")
+    job = run_well(space.config("mixed"), stages=1, replicas=2, settings=settings)
+    expected = model_digests(space.path / "mixed")
+    for stages, replicas in ((1, 1), (2, 2)):
+        run_well(space.config(f"mixed-{stages}"), stages=stages, replicas=replicas, settings=settings)
+        assert_same_bytes(expected, model_digests(space.path / f"mixed-{stages}"), f"{stages} stages x {replicas} replicas")
     mean_bits = reports["quadratic"]["methods"][0]["mean_bits"]
     assert re.search(rf"bits per weight, scales included +16 +{mean_bits:.3f}", job.stdout), job.stdout
     scheme = json.loads((space.path / "mixed/model/config.json").read_text())["quantization_config"]

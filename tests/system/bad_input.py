@@ -54,6 +54,8 @@ def configurations(space):
            settings=("sensitivity.loss=kl",))
     expect(space, "tuning-of-streamed-weights", 2, ["quantization.tuning", "residency: resident", "epochs=0"],
            settings=("quantization.tuning={epochs: 1}", "residency=streamed"))
+    expect(space, "tracking-without-states", 2, ["quantization.reestimate.track", "quantization.solver: gptq", "round_to_nearest"],
+           settings=("quantization.reestimate.track=true", "quantization.solver=round_to_nearest"))
     expect(space, "pattern-of-nothing", 2, ["quantization.ignore", "down_proj", "matches no linear"],
            settings=("quantization.ignore=[down_proj]",))
     expect(space, "split-set", 2, ["block 0, q/k/v", "3 bits", "8 bits", "quantization.overrides"],
@@ -73,7 +75,7 @@ def other_statistics(space):
            settings=(reuse,))
     tokens = write_tokens(space.path / "other-tokens.safetensors", seed=8)
     expect(space, "of-other-tokens", 2, ["measured differently", "tokens"], settings=(reuse, f"calibration.tokens={tokens}"))
-    expect(space, "of-another-loss", 2, ["measured differently", "loss: this run has fisher, the statistics have nll"],
+    expect(space, "of-another-loss", 2, ["measured differently", "loss: this run has fisher, the statistics have nll", "`isobath measure` with this"],
            settings=(reuse, "sensitivity.loss=fisher"))
     expect(space, "of-other-groups", 2, ["row_groups: this run has 2 by head, the statistics have 1"],
            settings=(reuse, "sensitivity.row_groups=2", "sensitivity.grouping=head"))

@@ -1,4 +1,5 @@
-"""`diagnose` against full weight gradients by autograd's numbers, on any number of ranks; `compare` of two runs' statistics."""
+"""`diagnose`: the same numbers on any number of ranks, plausible ones; KL of one linear as `evaluate` sees a checkpoint with only
+that one quantized; what it refuses. `compare` of two runs' statistics."""
 import json
 import os
 import re

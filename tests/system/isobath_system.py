@@ -144,8 +144,15 @@ EVERYTHING_ON = ("quantization.reestimate={policy: every, blocks: 2}", "quantiza
 # the original, whose last hidden states no generation holds; row groups of whole heads.
 # GPTQ alone: without what the defaults add to it.
 PLAIN = ("quantization.asymmetric={correction: none}", "quantization.refinement={sweeps: 0}", "sensitivity.shrinkage=0")
-DRIFTING = ("quantization.reestimate={policy: drift, blocks: 1, threshold: 0.94, probe_sequences: 3, loss: kl}",
+DRIFTING = ("quantization.reestimate={policy: drift, blocks: 1, threshold: 0.94, probe_sequences: 3, loss: kl, track: true}",
             "sensitivity.row_groups=2", "sensitivity.grouping=head")
+
+# What the others leave out: gptaq, drawn labels, exact sums of sequences, H of the original model, zero points, act-order,
+# refinement until nothing is gained, two widths; divergences are tracked and D is never measured again.
+OTHERWISE = ("sensitivity={loss: fisher, samples: 2, per_sequence: exact, covariance: true}", "quantization.symmetric=false",
+             "quantization.asymmetric={correction: gptaq, strength: 0.25}", "quantization.act_order=static",
+             "quantization.refinement.sweeps=1000", "quantization.overrides=[{match: 're:.*down_proj', bits: 2}]",
+             "quantization.reestimate={track: true, probe_sequences: 3}")
 
 # Scales tuned with fewer steps than logical shards; with more row groups than it needs.
 TUNED = ("quantization.tuning={epochs: 2, steps: 3, rate: 0.01}", "sensitivity.row_groups=2")
@@ -268,12 +275,16 @@ def run_well(config, **arguments):
     return job
 
 
+def digests_of(output, files):
+    return {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+
+
 def result_digests(output):
     """SHA-256 of every file that the promise of equal bytes speaks of."""
     output = pathlib.Path(output)
     files = [path for folder in ("model", "measure") for path in (output / folder).rglob("*") if path.is_file()]
-    files += [output / "evaluation.json", output / "modules.json"]
-    digests = {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+    files += [output / "evaluation.json", output / "modules.json", output / "blocks.json"]
+    digests = digests_of(output, files)
     for needed in ("model/config.json", "evaluation.json"):
         assert needed in digests, f"{output} lacks {needed}"
     assert any(name.startswith("measure/") for name in digests), f"{output} lacks statistics"

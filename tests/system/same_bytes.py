@@ -1,8 +1,10 @@
 """Every layout of ranks writes the same bytes, with weights that stay in memory and with streamed ones."""
+import json
 import shutil
 
 import isobath_system
-from isobath_system import CLUSTERED, DRIFTING, EVERYTHING_ON, PLAIN, TUNED, Workspace, assert_same_bytes, reestimations, result_digests, run_well
+from isobath_system import (BLOCKS, CLUSTERED, DRIFTING, EVERYTHING_ON, OTHERWISE, PLAIN, TUNED, Workspace, assert_same_bytes,
+                            reestimations, result_digests, run_well)
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (3, 1), (2, 2), (4, 1)]
 # The covariance of this width's down_proj is spread over the ranks in panels (quant::kWholeColumns), and needs all of
@@ -15,6 +17,7 @@ VARIANTS = {
     "float32, everything on, widths scored":
         ("float32", isobath_system.D_FF, EVERYTHING_ON + ("sensitivity.gram.bits=[2, 4]",), LAYOUTS),
     "float32, drift": ("float32", isobath_system.D_FF, DRIFTING, LAYOUTS),
+    "bfloat16, otherwise": ("bfloat16", isobath_system.D_FF, OTHERWISE, LAYOUTS),
     "float32, clustered": ("float32", isobath_system.D_FF, CLUSTERED, [(1, 1), (2, 1), (1, 2)]),
     "float32, wide, plain": ("float32", WIDE_D_FF, PLAIN, [(1, 1), (2, 1), (3, 1), (2, 2)]),
     "float32, wide": ("float32", WIDE_D_FF, ("quantization.refinement.sweeps=1", "quantization.asymmetric={correction: qep}"),
@@ -44,6 +47,13 @@ for variant, (dtype, d_ff, settings, layouts) in VARIANTS.items():
                 if settings is DRIFTING:
                     assert {record["refreshed"] for record in decisions} == {True, False}, decisions
                     assert "D measured again before" in job.stdout, job.stdout
+                if settings in (DRIFTING, OTHERWISE):
+                    blocks = json.loads((space.path / name / "blocks.json").read_text())
+                    assert [record["block"] for record in blocks] == list(range(BLOCKS)), blocks
+                    assert all(record["kl_per_token"] > 0 for record in blocks), blocks
+                if settings is OTHERWISE:
+                    modules = json.loads((space.path / name / "modules.json").read_text())
+                    assert all(1 < module["sweeps"] < 1000 for module in modules), modules
                 if settings is TUNED:
                     assert "scales tuned in 6 steps" in job.stdout, job.stdout
             else:

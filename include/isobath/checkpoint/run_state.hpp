@@ -22,15 +22,17 @@ struct RunState {
   /// so far, and their number.
   int64_t next_step = 0;
   std::vector<double> epoch_kl, epoch_tokens;
+  std::vector<std::string> block_records;  ///< one JSON object per quantized block, in order; since version 3
 
   template <class Archive>
   void serialize(Archive& archive, unsigned version) {
     archive& stage& next_block& sensitivity_from_block& seed& bits& module_records;
     if (version >= 1) archive& reestimations;
     if (version >= 2) archive& next_step& epoch_kl& epoch_tokens;
+    if (version >= 3) archive& block_records;
   }
 };
 
 }  // namespace isobath::checkpoint
 
-BOOST_CLASS_VERSION(isobath::checkpoint::RunState, 2)
+BOOST_CLASS_VERSION(isobath::checkpoint::RunState, 3)

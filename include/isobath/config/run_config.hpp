@@ -63,7 +63,8 @@ struct Reestimate {
   int64_t blocks = 5;            ///< between two measurements (every) or checks (drift)
   std::string loss = "same";     ///< same (as sensitivity.loss) | nll | fisher | kl
   double threshold = 0.95;       ///< drift: cosine of D below which it is measured again
-  int64_t probe_sequences = 8;   ///< drift: sequences that D is compared on
+  int64_t probe_sequences = 8;   ///< that drift compares D on, and whose divergence is tracked
+  bool track = false;            ///< the divergence behind every block
 };
 struct Refinement {
   int64_t sweeps = 2;  ///< 0: off

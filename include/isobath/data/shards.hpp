@@ -29,6 +29,9 @@ class ShardPlan {
   [[nodiscard]] Range shards_of(int64_t part, int64_t n_parts) const;
   /// Microbatches of those shards, in order.
   [[nodiscard]] std::vector<Microbatch> microbatches_of(int64_t part, int64_t n_parts) const;
+  /// Those of `some` (whole microbatches of this plan) that are in these shards, in their order.
+  [[nodiscard]] std::vector<Microbatch> held_among(const std::vector<Microbatch>& some, int64_t part,
+                                                   int64_t n_parts) const;
   /// Sequences of those shards: contiguous.
   [[nodiscard]] Range sequences_of(int64_t part, int64_t n_parts) const;
   [[nodiscard]] Range sequences_of_shard(int64_t shard) const;

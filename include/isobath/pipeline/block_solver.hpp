@@ -29,6 +29,7 @@ struct ModuleRecord {
   /// Asymmetric objective of the chosen codes minus that of the original weights; only with a correction.
   std::optional<double> objective_asymmetric;
   double shrinkage = 0;        ///< ρ of H (the largest over row groups)
+  int64_t n_sweeps = 0;        ///< of refinement: the last one found nothing to gain, or was the last allowed
   double bits_per_weight = 0;  ///< scales and zeros included
   double wall_s = 0;           ///< not written to modules.json: it differs from run to run
 };

@@ -2,9 +2,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <array>
-#include <filesystem>
+#include <functional>
 #include <isobath/pipeline/session.hpp>
-#include <map>
+#include <string>
 #include <vector>
 
 namespace isobath::pipeline {
@@ -27,13 +27,15 @@ struct Drift {
   double smallest = 1;  ///< of one module
   std::string module;   ///< which one that is
 };
-/// Compares D measured now on `probe` (blocks of this stage, as measure_token_weights returns it) with what
-/// `statistics` holds of the same sequences, over all modules of blocks >= first_block.
+/// D of a block's linears, [n, T, row_groups] each.
+using TokenWeightsOf = std::function<std::array<at::Tensor, model::kProjections>(int64_t block)>;
+
+/// Compares two measurements of D of the same sequences over all modules of blocks >= first_block; each is
+/// asked for the blocks of a stage, in order, on one of its replicas.
 ///
-/// Collective over the session's world; the same on every rank and for any grid. Throws AgreedFailure for
-/// statistics that cannot be read.
-[[nodiscard]] Drift measure_drift(const Session& session, const std::vector<data::Microbatch>& probe,
-                                  const std::map<int64_t, std::array<at::Tensor, model::kProjections>>& now,
-                                  const std::filesystem::path& statistics, int64_t first_block);
+/// Memory   D of one block, twice. Collective over the session's world; the same on every rank and for any
+/// grid. Throws AgreedFailure for what the arguments throw.
+[[nodiscard]] Drift measure_drift(const Session& session, int64_t first_block, const TokenWeightsOf& in_use,
+                                  const TokenWeightsOf& now);
 
 }  // namespace isobath::pipeline

@@ -16,7 +16,8 @@ using HiddenSource = std::function<at::Tensor(const data::Microbatch&)>;
 /// A backward calibration pass over blocks [first_block, n_blocks).
 struct MeasurePass {
   std::string title = "measure";  ///< of the progress line
-  int64_t first_block = 0;
+  int64_t first_block = 0;        ///< n_blocks: the head alone
+  bool is_forward_only = false;   ///< for the loss: no gradient goes back, nothing is observed
   /// Enter first_block, on its stage; empty: the embedded tokens (first_block is 0).
   HiddenSource source = {};
   std::string loss = {};            ///< nll | fisher | kl; empty: sensitivity.loss
@@ -29,11 +30,14 @@ struct MeasurePass {
   std::map<int64_t, BlockRowGroups> row_groups = {};
 };
 
-struct MeasureResult {
-  double nll_per_token = 0;            ///< of the data labels on the calibration set, nats
+struct PassLoss {
+  double nll_per_token = 0;            ///< of the data labels, nats
   std::optional<double> kl_per_token;  ///< loss kl: of the original to the model as it is now, nats
+  int64_t n_tokens = 0;                ///< predicted ones
+};
+struct MeasureResult {
+  PassLoss loss;  ///< on the calibration set
   double wall_s = 0;
-  int64_t n_tokens = 0;
 };
 
 /// Forward and backward over the calibration set with frozen weights, pipelined (1F1B), or with streamed
@@ -62,6 +66,12 @@ MeasureResult measure(const Session& session, const CalibrationSet& calibration,
 [[nodiscard]] std::map<int64_t, std::array<at::Tensor, model::kProjections>> measure_token_weights(
     const Session& session, const CalibrationSet& calibration, const model::WeightStore& weights,
     const MeasurePass& pass, const std::vector<data::Microbatch>& probe);
+
+/// The loss on the sequences of `probe` alone; `pass` need not be forward only. The same bits for any grid.
+/// Cost: forward only, a third of the probe's share of `measure`. Collective over the session's world.
+[[nodiscard]] PassLoss measure_loss(const Session& session, const CalibrationSet& calibration,
+                                    const model::WeightStore& weights, const MeasurePass& pass,
+                                    const std::vector<data::Microbatch>& probe);
 
 /// Identity of the statistics a run needs: model, tokens, loss … (what `sensitivity.reuse` compares).
 /// loss: of the pass; empty: sensitivity.loss.

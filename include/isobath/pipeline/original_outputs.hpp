@@ -6,11 +6,12 @@
 
 namespace isobath::pipeline {
 
-/// The original model's last hidden states of this replica's microbatches, by index, on its last stage; empty
-/// elsewhere. One forward pass, pipelined, or with streamed weights block after block. Memory: n_local · T ·
-/// d_model in compute dtype there. Collective over the session's world. Throws StopRequested.
-[[nodiscard]] std::map<int64_t, at::Tensor> forward_original(const Session& session,
-                                                             const CalibrationSet& calibration,
-                                                             const model::WeightStore& weights);
+/// The original model's last hidden states of `microbatches` (whole ones of the calibration set, ascending,
+/// on every rank the same), by index: this replica's on its last stage, nothing elsewhere. One forward pass,
+/// pipelined, or with streamed weights block after block. Memory: n_local · T · d_model in compute dtype
+/// there. Collective over the session's world. Throws StopRequested.
+[[nodiscard]] std::map<int64_t, at::Tensor> forward_original(
+    const Session& session, const CalibrationSet& calibration, const model::WeightStore& weights,
+    const std::vector<data::Microbatch>& microbatches);
 
 }  // namespace isobath::pipeline

@@ -21,7 +21,7 @@ struct Perturbations {
   bool is_solved = false;     ///< as quantized checkpoints have them
   at::Tensor first_order;     ///< [n, samples, K] f64  s = <G, X dW^T>
   at::Tensor output_change;   ///< [n, K] f64  ||X dW^T||^2 (probes)
-  at::Tensor weighted_change;  ///< [n, K] f64  tr(dW X^T D X dW^T) (probes), D the mean over row groups
+  at::Tensor weighted_change;  ///< [n, K] f64  tr(dW X^T D X dW^T) (probes), D of the whole linear
   at::Tensor gradient_norm;    ///< [n, samples] f64  ||G^T X||^2
   at::Tensor weight_change;    ///< [K] f64  ||dW||^2
 };
@@ -70,8 +70,9 @@ struct ModuleScores {
 [[nodiscard]] std::array<ModuleScores, model::kProjections> read_perturbations(
     const std::filesystem::path& directory, int64_t block);
 
-/// Compares the header of a finished statistics directory with `expected`; throws ConfigError naming each
-/// difference with both values; `who` begins the message. Local.
+/// Compares the header of every file of a finished statistics directory with `expected`; throws ConfigError
+/// naming each difference with both values and what makes statistics that fit; `who` begins the message.
+/// Local.
 void require_header(const std::string& who, const std::filesystem::path& directory,
                     const StatisticsHeader& expected, int64_t n_blocks);
 

@@ -40,6 +40,9 @@ class Refiner {
   void load(const Slab& slab);
   /// Once for each slab in order, for each sweep. Strips that a sweep left as they were do nothing more.
   void sweep(const Slab& slab);
+  /// Whether the last whole sweep found nothing to gain: more of them change nothing. Before the first:
+  /// false.
+  [[nodiscard]] bool is_settled() const;
 
   /// Σ over the live columns' ½ tr((Ŵ−T) H (Ŵ−T)ᵀ), undamped, of each tile of so many rows: [tiles] f64.
   [[nodiscard]] at::Tensor objectives(int64_t tile_rows) const;
@@ -57,7 +60,8 @@ class Refiner {
   std::unique_ptr<DeviceRefiner> device_;  ///< in place of the other where the target is on a device
 };
 
-/// A Refiner over a factor whose panels are all here. target [R, C] f32 CPU.
+/// A Refiner over a factor whose panels are all here, until it is settled or `sweeps` are done. target [R, C]
+/// f32 CPU.
 [[nodiscard]] QuantizedMatrix refine(const QuantizedMatrix& start, const at::Tensor& target,
                                      const Factor& factor, int64_t sweeps);
 

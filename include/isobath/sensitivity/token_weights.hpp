@@ -15,6 +15,10 @@ namespace isobath::sensitivity {
 /// copy of G.
 [[nodiscard]] at::Tensor token_weights(const at::Tensor& gradient, const RowGroups& row_groups);
 
+/// D of the whole linear: the mean over all its output channels. weights [.., row_groups] of groups of these
+/// rows -> [..], f32.
+[[nodiscard]] at::Tensor mean_over_channels(const at::Tensor& weights, const std::vector<Range>& groups);
+
 /// `row_groups` groups of `n_rows` output rows, each of whole `unit`s (rows of a head; 1: rows): as equal as
 /// that allows. Precondition: unit divides n_rows, at least one unit a group.
 [[nodiscard]] RowGroups row_ranges(int64_t n_rows, int64_t row_groups, int64_t unit);
