@@ -175,6 +175,10 @@ std::string ShardedReader::fingerprint() const {
   return digest.hex();
 }
 
+const std::map<std::string, std::string>& ShardedReader::metadata_beside(const std::string& name) const {
+  return state_->reader_of(name).metadata();
+}
+
 std::string ShardedReader::shard_of(const std::string& name) const {
   return state_->reader_of(name).path().filename().string();
 }

@@ -38,7 +38,7 @@ std::map<std::string, std::string> ModelOutput::provenance() const {
       options += fmt::format("{}={}\n", key, value);
   return {{"format", "pt"},
           {"isobath.version", kVersion},
-          {"isobath.source_model", session_.source->tensors().fingerprint()},
+          {kSourceModelKey, session_.source->tensors().fingerprint()},
           {"isobath.options", options}};
 }
 

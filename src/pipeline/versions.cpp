@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <isobath/formats/compressed_tensors.hpp>
+#include <isobath/pipeline/model_output.hpp>
 
 namespace isobath::pipeline {
 namespace {
@@ -52,6 +53,19 @@ void require_grid(const Session& session, const std::filesystem::path& checkpoin
     }
 }
 
+/// Checkpoints of isobath say what they were made from.
+void require_source(const Session& session, const model::CheckpointReader& version) {
+  const io::ShardedReader& tensors = version.tensors();
+  const auto& metadata = tensors.metadata_beside(tensors.names().front());
+  const auto source = metadata.find(kSourceModelKey);
+  const std::string expected = session.source->tensors().fingerprint();
+  if (source != metadata.end() && source->second != expected)
+    fail<DataError>(
+        "sensitivity.gram.checkpoints: {} was made from another model than {}: expected digest {}, found {}; "
+        "`isobath quantize` makes one from this",
+        tensors.directory().string(), session.config.model, expected, source->second);
+}
+
 }  // namespace
 
 model::WeightStore open_version(const Session& session, const std::filesystem::path& checkpoint) {
@@ -69,6 +83,7 @@ std::vector<std::shared_ptr<const model::CheckpointReader>> open_perturbed_versi
       const std::filesystem::path checkpoint = sensitivity.gram_checkpoints[k];
       const auto schemes = std::make_shared<const SchemeTable>(checkpoint);
       versions.push_back(open_reader(session, checkpoint, schemes));
+      require_source(session, *versions.back());
       require_grid(session, checkpoint, *schemes, sensitivity.gram_bits[k]);
     }
   });

@@ -7,8 +7,8 @@ import subprocess
 
 import h5py
 import numpy
-from isobath_system import (BLOCKS, ENVIRONMENT, Workspace, assert_same_bytes, binary, digests_of, run_well,
-                            write_tokens)
+from isobath_system import (BLOCKS, ENVIRONMENT, Workspace, assert_same_bytes, binary, digests_of,
+                            model_weights, run_well, write_model, write_tokens)
 
 FUSED_SETS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
               ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
@@ -146,6 +146,9 @@ def of_checkpoints(space, config):
     refused_to_measure(["one a width", "found 2 of 3"], checkpoints=paths[:2])
     refused_to_measure(["expected 2 bits, group 32, symmetric", "found 3 bits"], checkpoints=[paths[1], paths[1], paths[2]])
     refused_to_measure(["no quantized weight"], checkpoints=[str(space.model), paths[1], paths[2]])
+    other = write_model(space.path / "other-model", weights=model_weights(7))
+    well("quantize", space.config("of-other", model=str(other), quantization={"solver": "round_to_nearest", "bits": 2}))
+    refused_to_measure(["of-other/model was made from another model"], checkpoints=[f"{space.path}/of-other/model", *paths[1:]])
     refused_to_measure(["absent"], checkpoints=["absent", paths[1], paths[2]])
 
 

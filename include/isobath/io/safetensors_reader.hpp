@@ -65,6 +65,8 @@ class ShardedReader {
   /// Digest of each shard's size, header and eight samples of 4 KiB of its bytes: a cheap identity of the
   /// checkpoint. Reads the samples each time. Throws IoError.
   [[nodiscard]] std::string fingerprint() const;
+  /// `__metadata__` of the shard that holds `name`.
+  [[nodiscard]] const std::map<std::string, std::string>& metadata_beside(const std::string& name) const;
   /// File name of the shard that holds `name`, for messages.
   [[nodiscard]] std::string shard_of(const std::string& name) const;
 

@@ -8,6 +8,9 @@
 
 namespace isobath::pipeline {
 
+/// In `__metadata__` of every shard: the fingerprint of the model that the checkpoint was made from.
+inline constexpr const char* kSourceModelKey = "isobath.source_model";
+
 /// The quantized checkpoint under construction: `NAME.partial/`, renamed to `NAME/` when everything is in it.
 ///
 /// Shards   model-00001-of-N: what stands outside the blocks; model-(b+2)-of-N: block b. So every block is

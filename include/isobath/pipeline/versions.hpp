@@ -13,8 +13,8 @@ namespace isobath::pipeline {
 
 /// The checkpoints of sensitivity.gram.checkpoints, opened, one a width of sensitivity.gram.bits; empty when
 /// the widths are rounded. Reads headers only. Collective over the session's world. Throws AgreedFailure:
-/// data when one is no version of the model, or quantizes a linear on another grid than the configuration has
-/// for that width.
+/// data when one is no version of the model, says that it was made from another, or quantizes a linear on
+/// another grid than the configuration has for that width.
 [[nodiscard]] std::vector<std::shared_ptr<const model::CheckpointReader>> open_perturbed_versions(
     const Session& session);
 
