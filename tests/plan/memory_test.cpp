@@ -282,6 +282,12 @@ TEST(Memory, ReestimationHoldsWhatQuantizeAndMeasureHold) {
   EXPECT_EQ(item(reestimation_memory(job, 0), "outputs of the original").device_bytes, 0);
   EXPECT_EQ(item(reestimation_memory(job, 1), "outputs of the original").device_bytes, 4 * kState);
   EXPECT_EQ(item(quantize_memory(job, 1), "outputs of the original").device_bytes, 4 * kState);
+  // Tracking keeps those of its sequences alone, one of the four.
+  config::RunConfig tracking = config;
+  tracking.quantization.reestimate = {.probe_sequences = 1, .track = true};
+  EXPECT_EQ(
+      item(quantize_memory(Job(tracking, model, cluster, 2, 1), 1), "outputs of the original").device_bytes,
+      kState);
   // Logits of both models, and by ATen the f32 temporaries of their comparison.
   EXPECT_EQ(item(reestimation_memory(job, 1), "backward").device_bytes, 256 * 32 * (2 * 2 + 28) + 2 * 80);
 

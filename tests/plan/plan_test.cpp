@@ -83,6 +83,27 @@ TEST(Plan, ComparesPoliciesOnceEach) {
   EXPECT_LT(plan.quantize[0].time.total_s(), plan.quantize[2].time.total_s());
 }
 
+TEST(Plan, TrackingCostsHalfAForwardPassOfItsSequencesABlock) {
+  const model::ModelConfig model = tiny_model();
+  config::RunConfig config = tiny_config();
+  Cluster cluster = instant_cluster();
+  cluster.compute.f32_tflops = 1e-12;  // one operation a second
+  config.compute_dtype = "float32";
+  const auto time_of = [&](bool track, int64_t n_sequences) {
+    config.quantization.reestimate = {.probe_sequences = n_sequences, .track = track};
+    return plan_of(config, model, cluster, 1, 1).quantize[0].time.total_s();
+  };
+  // Products of 5 tokens: a block's linears; scores and values of 5 x 5 pairs, half of them masked or not;
+  // logits.
+  const double none = time_of(false, 1), one = time_of(true, 1), two = time_of(true, 2);
+  constexpr double kHead = 2 * 5 * 8 * 32, kLinears = 2 * 5 * 576;
+  // Blocks 1, 2, 3 of 4 behind the first, and so on, and once the original: 3 + 2 + 1 + 4. Three products of
+  // the head behind each of four blocks.
+  EXPECT_GE(one - none, 10 * kLinears + 4 * 3 * kHead);
+  EXPECT_LE(one - none, 10 * (kLinears + 2 * 2 * 5 * 5 * 8) + 4 * 3 * kHead);
+  EXPECT_NEAR(two - none, 2 * (one - none), 1e-9 * two);
+}
+
 TEST(Plan, TuningIsAStageWhoseEpochsCostTheSame) {
   const model::ModelConfig model = tiny_model();
   config::RunConfig config = tiny_config();
