@@ -63,7 +63,9 @@ std::string policy_name(const config::Reestimate& reestimate) {
 std::vector<Plan::Policy> quantize_policies(const Job& job) {
   const config::Reestimate configured = job.config.quantization.reestimate;
   std::vector<Plan::Policy> policies;
-  const auto add = [&](const config::Reestimate& reestimate, bool is_configured) {
+  const auto add = [&](config::Reestimate reestimate, bool is_configured) {
+    reestimate.track = configured.track;
+    reestimate.probe_sequences = configured.probe_sequences;
     for (const Plan::Policy& known : policies)
       if (known.name == policy_name(reestimate)) return;
     policies.push_back({policy_name(reestimate), is_configured, quantize_time(job, reestimate)});

@@ -73,7 +73,7 @@ TEST(Plan, ComparesPoliciesOnceEach) {
   const model::ModelConfig model = shipped_model("llama-3.1-8b");
   config::RunConfig config = large_config();
   config.quantization.reestimate = {.policy = "every", .blocks = 8};
-  const Plan plan = make_plan(config, model, cluster);
+  Plan plan = make_plan(config, model, cluster);
   ASSERT_EQ(plan.quantize.size(), 3U);
   EXPECT_EQ(plan.quantize[0].name, "every 8 blocks");
   EXPECT_TRUE(plan.quantize[0].is_configured);
@@ -81,6 +81,12 @@ TEST(Plan, ComparesPoliciesOnceEach) {
   EXPECT_EQ(plan.quantize[2].name, "every block");
   EXPECT_LT(plan.quantize[1].time.total_s(), plan.quantize[0].time.total_s());
   EXPECT_LT(plan.quantize[0].time.total_s(), plan.quantize[2].time.total_s());
+  // All are tracked, or none.
+  const double untracked = plan.quantize[1].time.total_s();
+  config.quantization.reestimate.track = true;
+  plan = make_plan(config, model, cluster);
+  EXPECT_GT(plan.quantize[1].time.total_s(), untracked);
+  EXPECT_LT(plan.quantize[1].time.total_s(), plan.quantize[0].time.total_s());
 }
 
 TEST(Plan, TrackingCostsHalfAForwardPassOfItsSequencesABlock) {
