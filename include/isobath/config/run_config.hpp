@@ -34,7 +34,7 @@ struct Sensitivity {
   int64_t grouping_sequences = 8;  ///< cluster: sequences that row profiles are measured on
   double clip_quantile = 0.999;
   double exponent = 0.5;
-  double shrinkage = -1;  ///< 0 … 1; −1: auto
+  double shrinkage = 0;  ///< 0 … 1; −1: auto
   bool covariance = false;
   std::vector<int> gram_bits;  ///< widths whose perturbations are scored while measuring; empty: none
   /// Quantized checkpoints whose weights are those perturbations, one a width; empty: rounded to nearest.
