@@ -16,8 +16,8 @@ namespace isobath::pipeline {
 /// block, for their divergence.
 ///
 /// Cost     a refresh before block b: (B − b)/B of the measure pass; a comparison: that times the probe's
-///          share of the sequences; tracking: B/2 forward passes of the probe in all. Loss kl: one forward
-///          pass of the original model, once a job; tracking alone: of the probe.
+///          share of the sequences; tracking: B/2 forward passes of the probe in all, and B times its head.
+///          Loss kl: one forward pass of the original model, once a job; tracking alone: of the probe.
 /// Memory   loss kl: n_local · T · d_model in compute dtype on the last stage; tracking alone: the probe's
 /// share.
 class Reestimation {
