@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "model/scratch_directory.hpp"
+#include "plan/tiny.hpp"
 
 // The numbers are worked out by hand from docs/method.md, "Mixed precision", METHOD §6 (scores, HAWQ-V2, the
 // loss per token) and docs/formats.md (what the datasets hold, what a checkpoint stores). E: mean over the
@@ -98,12 +99,8 @@ class ReadProblem : public ::testing::Test {
  protected:
   ReadProblem() {
     config_.quantization.group = kGroup;
-    model_.d_model = 8;
-    model_.d_ff = 16;
+    model_ = plan::tiny_model();
     model_.n_blocks = 2;
-    model_.n_heads = 2;
-    model_.n_kv_heads = 1;
-    model_.head_dim = 4;
     // q [8, 8], k and v [4, 8], o [8, 8], gate and up [16, 8], down [8, 16].
     blocks_[0] = {query(),
                   key(),

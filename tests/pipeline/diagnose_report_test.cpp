@@ -240,6 +240,10 @@ TEST(DiagnoseReport, WarnsOfErrorsThatAddUpOrCancel) {
   EXPECT_EQ(warnings_of(with_draws({1, 1, 1, 1}, {-0.25, -0.25, -0.25, -0.25}), kFirst), Texts{});
   EXPECT_EQ(warnings_of(with_draws({1, 1, 1, 1}, {-0.375, -0.375, -0.375, -0.375}), kFirst),
             Texts{"errors of other linears cancel it (off-diagonal share -0.60)"});
+  // More than all of it: −1.5/(0.5625 − 1.5).
+  EXPECT_EQ(
+      warnings_of(with_draws({1, 1, 1, 1}, {-0.375, -0.375, -0.375, -0.375}), "model.layers.0.mlp.down_proj"),
+      Texts{"errors of other linears cancel it (off-diagonal share 1.60)"});
 }
 
 TEST(DiagnoseReport, WarnsOfMoreThanTwiceThePrediction) {

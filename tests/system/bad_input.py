@@ -7,6 +7,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import h5py
 import numpy
 
 from isobath_system import (BLOCKS, ENVIRONMENT, HIDDEN, LENGTH, SEQUENCES, VOCAB, Job, Workspace, command, model_weights, run,
@@ -82,6 +83,11 @@ def other_statistics(space):
     expect(space, "without-clusters", 2,
            ["row_groups: this run has 2 by cluster, of 8 sequences, the statistics have 1"],
            settings=(reuse, "sensitivity.row_groups=2", "sensitivity.grouping=cluster"))
+    mixed = space.path / "mixed-statistics"
+    shutil.copytree(space.path / "measured" / "measure", mixed)
+    with h5py.File(mixed / "block-00002.h5", "r+") as file:
+        file.attrs["tokens"] = "0123"
+    expect(space, "of-mixed-statistics", 2, [r"those of block 2\)", "the statistics have 0123"], settings=(f"sensitivity.reuse={mixed}",))
     expect(space, "no-statistics", 2, ["missing", "isobath measure"], settings=("sensitivity.reuse=nowhere",))
 
 
