@@ -82,25 +82,23 @@ std::optional<Selection> widest_uniform(const AllocationProblem& problem) {
 void validate(AllocationReport& report) {
   const AllocationProblem& problem = report.problem;
   const allocate::Candidates& candidates = problem.candidates;
-  const auto on_all = [&](const Allocation& allocation) {
-    return allocate::sample_loss(problem.scores, allocation.selection);
-  };
-  const auto held_out = [&](const allocate::Choose& choose) {
-    return allocate::held_out_loss(problem.scores, candidates, report.loss.coupling.shrinkage, choose);
-  };
+  const allocate::Scores as_found = problem.scores.without_prior();
+  const QuadraticLoss of_all = estimate_loss(as_found, candidates);
   constexpr int64_t kLeastSequences = 4;
   const bool has_folds = problem.scores.n_sequences() >= kLeastSequences;
   for (Allocation& allocation : report.methods) {
     if (allocation.method != "quadratic" && allocation.method != "diagonal")
-      allocation.held_out = on_all(allocation);
+      allocation.held_out = of_all(allocation.selection);
     else if (has_folds && allocation.method == "quadratic")
-      allocation.held_out = held_out(
-          [&](const QuadraticLoss& loss) { return minimise(loss, candidates, relax(loss, candidates), {}); });
+      allocation.held_out = held_out_loss(problem.scores, candidates, [&](const QuadraticLoss& loss) {
+        return minimise(loss, candidates, relax(loss, candidates), {});
+      });
     else if (has_folds)
-      allocation.held_out =
-          held_out([&](const QuadraticLoss& loss) { return solve_knapsack(candidates, loss.diagonal()); });
+      allocation.held_out = held_out_loss(as_found, candidates, [&](const QuadraticLoss& loss) {
+        return solve_knapsack(candidates, loss.diagonal());
+      });
   }
-  if (report.uniform) report.uniform->held_out = on_all(*report.uniform);
+  if (report.uniform) report.uniform->held_out = of_all(report.uniform->selection);
 }
 
 AllocationReport solve(const AllocationProblem& problem, const QuadraticLoss& loss,
@@ -115,8 +113,7 @@ AllocationReport solve(const AllocationProblem& problem, const QuadraticLoss& lo
   for (const std::string& name : allocation_methods()) {
     if (name == method) report.chosen = report.methods.size() + additive.size();
     if (name == "quadratic") continue;
-    additive.push_back(described(
-        name, solve_knapsack(problem.candidates, name == "diagonal" ? diagonal : problem.scored.at(name))));
+    additive.push_back(described(name, solve_knapsack(problem.candidates, problem.scored.at(name))));
   }
   std::vector<Selection> starts;
   for (const Allocation& allocation : additive) starts.push_back(allocation.selection);
@@ -141,8 +138,8 @@ void allocate_locally(const config::RunConfig& config, const AllocateRequest& re
   problem.candidates.budget = budget_in_bits(problem, request);
   // Labels drawn from the model have gradients of mean zero; those of the data need not.
   problem.scores.with_linear = request.first_order && config.sensitivity.loss == "nll";
-  const double shrinkage = validated_shrinkage(problem.scores, problem.candidates);
-  const QuadraticLoss loss = estimate_loss(problem.scores, problem.candidates, shrinkage);
+  problem.scored["diagonal"] = estimate_loss(problem.scores.without_prior(), problem.candidates).diagonal();
+  const QuadraticLoss loss = estimate_loss(problem.scores, problem.candidates);
   AllocationReport report = solve(problem, loss, request.method);
   validate(report);
 

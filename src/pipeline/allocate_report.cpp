@@ -1,5 +1,7 @@
 #include <ATen/ATen.h>
 
+#include <fmt/ranges.h>
+
 #include <cmath>
 #include <isobath/report/table.hpp>
 #include <nlohmann/json.hpp>
@@ -61,6 +63,14 @@ std::string width_table(const AllocationReport& report) {
   return table.text();
 }
 
+std::string share_text(const std::map<int64_t, double>& prior_share) {
+  if (prior_share.empty()) return "";
+  std::vector<std::string> parts;
+  for (const auto& [bits, share] : prior_share)
+    parts.push_back(fmt::format("{:.0f} % at {} bits", 100 * share, bits));
+  return fmt::format("Squares are shrunk towards the weighted score: {}.\n", fmt::join(parts, ", "));
+}
+
 nlohmann::ordered_json to_json(const AllocationReport& report, const Allocation& allocation) {
   nlohmann::ordered_json held_out;
   if (allocation.held_out) held_out = *allocation.held_out;
@@ -81,14 +91,16 @@ std::string allocation_table(const AllocationReport& report) {
   const allocate::Coupling& coupling = report.loss.coupling;
   text += fmt::format(
       "Predicted loss: increase in nats per token, {}½ xᵀCx/T, C = E[s sᵀ] of {} sequences{}.\n"
-      "Correlation of two sets d blocks apart: {:.2f} x {:.2f}^d of the one found, and {:.3f} x {:.2f}^d as "
-      "all have.\n"
+      "Correlation of two sets d blocks apart: {:.2f} x {:.2f}^d of the one found, {:.2f} of the mean of "
+      "such "
+      "sets in a block,\nand {:.3f} x {:.2f}^d as all have. {}"
       "Additive part: without the pairs of different sets. Held out: chosen on three quarters of the "
-      "sequences, judged on the fourth,\nnothing shrunk; to uniform: of these. No selection within the "
+      "sequences, judged on the fourth,\nsquares as found; to uniform: of these. No selection within the "
       "budget is predicted below the bound.\n\n",
       problem.scores.with_linear ? "E[s]·x/T + " : "", problem.scores.n_sequences(),
       problem.scores.samples > 1 ? fmt::format(" and {} label draws", problem.scores.samples) : "",
-      1 - coupling.shrinkage, coupling.decay, coupling.shrinkage * coupling.common, coupling.common_decay);
+      1 - coupling.shrinkage, coupling.decay, coupling.shrinkage * (1 - coupling.common),
+      coupling.shrinkage * coupling.common, coupling.common_decay, share_text(report.loss.prior_share));
   text += width_table(report);
   text +=
       fmt::format("Numbers under q/k/v, o, gate/up, down are blocks.\npredicted loss {:+.5f} nats per token",
@@ -116,6 +128,9 @@ std::string allocation_json(const AllocationReport& report,
                         {"decay_per_block", coupling.decay},
                         {"common", coupling.common},
                         {"common_decay_per_block", coupling.common_decay}};
+  result["share_of_weighted"] = nlohmann::ordered_json::object();
+  for (const auto& [bits, share] : report.loss.prior_share)
+    result["share_of_weighted"][std::to_string(bits)] = share;
   result["first_order_term"] = problem.scores.with_linear;
   result["lower_bound"] = report.bound;
   result["methods"] = nlohmann::ordered_json::array();
@@ -133,7 +148,7 @@ std::string allocation_json(const AllocationReport& report,
     for (int64_t k = problem.candidates.first[s]; k < problem.candidates.first[s + 1]; ++k) {
       nlohmann::ordered_json candidate{{"bits", problem.bits_of(s, k)},
                                        {"stored_bits", problem.candidates.cost[static_cast<size_t>(k)]},
-                                       {"diagonal", alone[static_cast<size_t>(k)]},
+                                       {"additive_part", alone[static_cast<size_t>(k)]},
                                        {"first_order", report.loss.linear[k].item<double>()}};
       for (const auto& [method, scores] : problem.scored) candidate[method] = scores[static_cast<size_t>(k)];
       candidates.push_back(std::move(candidate));

@@ -86,11 +86,15 @@ class Builder {
     problem_.n_weights += set.n_weights;
     problem_.candidates.first.push_back(problem_.candidates.size());
     problem_.scores.block.push_back(set.block);
+    problem_.scores.kind.push_back(set.input_set);
     problem_.sets.push_back(std::move(set));
   }
 
   AllocationProblem finish() {
-    if (!columns_.empty()) problem_.scores.values = at::stack(columns_, 1);
+    if (!columns_.empty()) {
+      problem_.scores.values = at::stack(columns_, 1);
+      problem_.scores.prior = at::stack(weighted_, 1);
+    }
     return std::move(problem_);
   }
 
@@ -115,8 +119,8 @@ class Builder {
 
   void add_candidate(const FusedSet& set, int64_t bits, const std::vector<model::Projection>& projections,
                      const std::vector<const Perturbations*>& scores) {
-    double stored = 0, trace = 0, output = 0, weighted = 0;
-    at::Tensor s;
+    double stored = 0, trace = 0, output = 0;
+    at::Tensor s, weighted;
     const auto n = static_cast<double>(n_sequences_);
     for (size_t m = 0; m < scores.size(); ++m) {
       const Perturbations& p = *scores[m];
@@ -128,28 +132,32 @@ class Builder {
       const double n_weights = static_cast<double>(shape.rows) * static_cast<double>(shape.columns);
       stored += n_weights * quant::bits_per_weight(shape.columns, spec);
       const at::Tensor column = p.first_order.select(2, k).reshape({-1});
+      const at::Tensor by_sequence = p.weighted_change.select(1, k);
       s = s.defined() ? s + column : column.clone();
+      weighted = weighted.defined() ? weighted + by_sequence : by_sequence.clone();
       // HAWQ-V2: mean eigenvalue of the Hessian (trace / n) times ||dW||²; the Fisher matrix's trace is
       // E||GᵀX||².
       trace += p.gradient_norm.mean().item<double>() / n_weights * p.weight_change[k].item<double>();
       output += p.output_change.select(1, k).sum().item<double>() / n;
-      weighted += p.weighted_change.select(1, k).sum().item<double>() / n;
     }
-    if (!std::isfinite(s.sum().item<double>() + trace + output + weighted))
+    if (!std::isfinite(s.sum().item<double>() + trace + output + weighted.sum().item<double>()))
       fail<DataError>("{} at {} bits: the scores are not finite; measure again", set.name(), bits);
     const double tokens = problem_.scores.tokens_per_sequence;
     problem_.candidates.cost.push_back(std::llround(stored));
     problem_.scored["hawq-v2"].push_back(0.5 * trace / tokens);
     problem_.scored["output"].push_back(output / tokens);
-    problem_.scored["weighted"].push_back(0.5 * weighted / tokens);
+    problem_.scored["weighted"].push_back(0.5 * weighted.mean().item<double>() / tokens);
+    problem_.scores.bits.push_back(bits);
     columns_.push_back(s);
+    weighted_.push_back(weighted);
   }
 
   const config::RunConfig& config_;
   const model::ModelConfig& model_;
   AllocationProblem problem_;
   int64_t n_sequences_ = 0;
-  std::vector<at::Tensor> columns_;  // [n_draws] a candidate
+  // A candidate each: s [n_draws], E tr(ΔW XᵀDX ΔWᵀ) [n_sequences].
+  std::vector<at::Tensor> columns_, weighted_;
 };
 
 }  // namespace

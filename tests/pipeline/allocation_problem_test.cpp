@@ -165,6 +165,8 @@ TEST_F(ReadProblem, HasASetForTheLinearsThatReadOneInputBlockAfterBlock) {
             (std::vector<std::string>{"model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"}));
   EXPECT_EQ(problem.n_weights, 1152);
   EXPECT_EQ(problem.scores.block, (std::vector<int64_t>{0, 0, 0, 0, 1, 1, 1, 1}));
+  EXPECT_EQ(problem.scores.kind, (std::vector<int64_t>{0, 1, 2, 3, 0, 1, 2, 3}));
+  EXPECT_EQ(problem.scores.bits, (std::vector<int64_t>{2, 4, 2, 4, 2, 4, 2, 4, 2, 4, 2, 4, 2, 4, 2, 4}));
   EXPECT_EQ(problem.candidates.first, (std::vector<int64_t>{0, 2, 4, 6, 8, 10, 12, 14, 16}));
   EXPECT_EQ(problem.bits_of(7, 15), 4);
   EXPECT_NEAR(problem.mean_bits(7488), 6.5, kRounding);
@@ -188,7 +190,8 @@ TEST_F(ReadProblem, ScoresOfASetAddUpDrawByDraw) {
 TEST_F(ReadProblem, TheDiagonalTakesTheLinearsOfASetTogether) {
   const AllocationProblem problem = read();
 
-  const std::vector<double> diagonal = allocate::estimate_loss(problem.scores, problem.candidates).diagonal();
+  const std::vector<double> diagonal =
+      allocate::estimate_loss(problem.scores.without_prior(), problem.candidates).diagonal();
 
   // ½·(4 + 4 + 0 + 4 + 4 + 1)/6/4 and ½·(1 + 0 + 1 + 1 + 0 + 1)/6/4: q, k and v each by itself would give 25
   // for the 17. The others: ½ F²/4 and ½ (F/2)²/4.
@@ -209,6 +212,14 @@ TEST_F(ReadProblem, BaselinesAddUpTheLinearsOfASet) {
   expect_near(problem.scored.at("output"), with_others(2, 1));
   // ½·(6 + 6 + 12)/3/4, ½·(1.5 + 1.5 + 3)/3/4.
   expect_near(problem.scored.at("weighted"), with_others(1, 0.25));
+}
+
+TEST_F(ReadProblem, ThePriorIsWhatWeightedAddsUpSequenceBySequence) {
+  const AllocationProblem problem = read();
+
+  ASSERT_EQ(problem.scores.prior.sizes(), (std::vector<int64_t>{kSequences, 16}));
+  EXPECT_TRUE(at::allclose(problem.scores.prior.slice(1, 0, 2), table({5, 1, 7, 2.5, 12, 2.5}, {3, 2})));
+  EXPECT_TRUE(at::allclose(problem.scores.prior.select(1, 4), at::full({3}, 40.0, at::kDouble)));
 }
 
 TEST_F(ReadProblem, StoredBitsCountTheScales) {
