@@ -28,14 +28,19 @@ isobath_progress() {
 # got nowhere: the next one would not either.
 isobath_run() {
   local config=$1 program=${ISOBATH_PROGRAM:-build/cpu/bin/isobath} output before status
+  # mpirun passes USR1 on to every rank. TERM would leave them two seconds, too few to save anything.
+  isobath_pid='' isobath_is_stopped=''
+  trap 'isobath_is_stopped=1; [[ -z $isobath_pid ]] || kill -USR1 "$isobath_pid"' USR1
   output=$(isobath_output "$program" "$@") || return
   before=$(isobath_progress "$output")
 
   export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
+  if [[ -n $isobath_is_stopped ]]; then
+    echo "slurm: stopped before the ranks of $config started; it is not queued again. Give it more time (--time)." >&2
+    return 75
+  fi
   mpirun -n "$SLURM_NTASKS" --map-by "slot:PE=$OMP_NUM_THREADS" "$program" run "$@" --resume-or-start &
   isobath_pid=$!
-  # mpirun passes USR1 on to every rank. TERM would leave them two seconds, too few to save anything.
-  trap 'kill -USR1 $isobath_pid' USR1
   # A trapped signal ends `wait` early; the status of the run is that of the last one.
   wait $isobath_pid
   status=$?

@@ -5,6 +5,7 @@ nowhere is not queued again.
 The Slurm is the test's own: daemons, ports, key and state in a temporary directory. Skipped (exit code 77) where its programs are
 missing or this is not root: apt-get install slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge.
 """
+import contextlib
 import os
 import pathlib
 import re
@@ -24,6 +25,7 @@ NODES = 2
 LONG = 2000  # sequences that take some seconds to measure
 START_S, JOB_S = 60, 180  # that daemons and jobs may take on a busy machine
 RESTART_S = 4
+CHECK_S = 5  # long enough for a signal to meet it
 CONFIGURATION = """
 ClusterName=isobath
 SlurmctldHost=localhost
@@ -136,6 +138,16 @@ class Cluster:
         assert job.returncode == 0 or not check, f"exit code {job.returncode}: {line}\n{job.stdout}\n{job.stderr}\n{self.logs()}"
         return job.stdout
 
+    @contextlib.contextmanager
+    def program(self, path):
+        """Jobs submitted meanwhile start another program."""
+        usual = self.environment["ISOBATH_PROGRAM"]
+        self.environment["ISOBATH_PROGRAM"] = str(path)
+        try:
+            yield
+        finally:
+            self.environment["ISOBATH_PROGRAM"] = usual
+
     def submit(self, config, log):
         found = self.call("sbatch", "--parsable", f"--nodes={NODES}", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=10",
                           f"--output={log}", ROOT / "launch/slurm.sbatch", config, "--set", "ranks.stages=1", "--set", "ranks.replicas=2")
@@ -210,6 +222,22 @@ def main():
         cluster.call("scancel", "-b", "-s", "USR1", number)
         cluster.wait_until_failed(number, 75, log)
         assert f"slurm: stopped before {output} had a finished stage" in log.read_text(), log.read_text()
+
+        # Stopped while the configuration is checked, before there are ranks.
+        log, slow = space.path / "checked.log", space.path / "slow_check"
+        slow.write_text(f"""#!/bin/sh
+[ "$1" != check ] || {{ echo checking >&2; sleep {CHECK_S}; }}
+exec {binary()} "$@"
+""")
+        slow.chmod(0o755)
+        with cluster.program(slow):
+            number = cluster.submit(space.config("checked", **work), log)
+        wait_for(lambda: log.exists() and "checking" in log.read_text(), f"checking the configuration of job {number}", JOB_S,
+                 cluster.logs)
+        cluster.call("scancel", "-b", "-s", "USR1", number)
+        cluster.wait_until_failed(number, 75, log)
+        assert "slurm: stopped before the ranks of" in log.read_text(), log.read_text()
+        assert not (space.path / "checked").exists()
 
         # What is wrong with a configuration is said before ranks start.
         log = space.path / "wrong.log"
