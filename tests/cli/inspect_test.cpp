@@ -35,12 +35,12 @@ class Inspect : public ::testing::Test {
     file.commit();
   }
 
+  /// token_weights: four tokens × row groups. Two equal tokens, two without weight: n_eff = 2.
   static void write_module(io::Hdf5Writer& file, const std::string& group, double scale,
-                           bool with_per_sequence) {
+                           bool with_per_sequence,
+                           const at::Tensor& token_weights = at::tensor({2.0, 2.0, 0.0, 0.0})) {
     const auto f64 = at::TensorOptions(at::kDouble);
-    // Two equal tokens, two without weight: n_eff = 2.
-    file.write(group + "/token_weights",
-               at::tensor({2.0, 2.0, 0.0, 0.0}, f64).to(at::kFloat).reshape({1, 4, 1}));
+    file.write(group + "/token_weights", token_weights.to(at::kFloat).reshape({1, 4, -1}));
     file.write(group + "/max_abs_x", at::tensor({1.5, 7.0}, f64).to(at::kFloat));
     file.write(group + "/alpha_per_token", at::tensor({1.0, 3.0}, f64) * scale);
     if (with_per_sequence) file.write(group + "/alpha_per_sequence", at::tensor({4.0, 1.0}, f64) * scale);
@@ -70,6 +70,34 @@ TEST_F(Inspect, SortsModulesOfAllBlocksBySensitivityPerToken) {
   EXPECT_EQ(first["top_channel_share"], 0.75);
   constexpr double kRoundingOfF64 = 1e-12;  // 1 - 4/5 is not exact in binary
   EXPECT_NEAR(result["modules"][1]["cross_token_mass"].get<double>(), 0.2, kRoundingOfF64);
+}
+
+TEST_F(Inspect, EffectiveTokensAreThoseOfTheMeanOverOutputChannels) {
+  // One group of rows weighs the first token by 4, another the second: with 3 and 1 rows the means are 3 and
+  // 1, n_eff = 16/10; groups of one size weigh both alike.
+  const auto effective = [&](const std::vector<int64_t>& sizes) {
+    {
+      io::Hdf5Writer file(run_ / "measure" / "block-00000.h5");
+      file.attribute("/", "model", std::string("tiny"));
+      file.attribute("/", "loss", std::string("nll"));
+      file.attribute("/", "n_sequences", std::string("1"));
+      file.attribute("/", "length", std::string("4"));
+      file.attribute("/", "block", int64_t{0});
+      write_module(file, "q_proj", 1, false);
+      write_module(file, "k_proj", 1, false, at::tensor({4.0, 0.0, 0.0, 4.0, 0.0, 0.0, 0.0, 0.0}));
+      if (!sizes.empty()) file.write("k_proj/row_group_sizes", at::tensor(sizes, at::kLong));
+      file.commit();
+    }
+    const auto result = nlohmann::json::parse(inspect_json(run_));
+    for (const auto& module : result["modules"])
+      if (module["module"] == "k_proj") return module["n_effective"].get<double>();
+    return 0.0;
+  };
+
+  EXPECT_DOUBLE_EQ(effective({3, 1}), 1.6);
+  EXPECT_DOUBLE_EQ(effective({1, 3}), 1.6);
+  EXPECT_DOUBLE_EQ(effective({2, 2}), 2.0);
+  EXPECT_DOUBLE_EQ(effective({}), 2.0);
 }
 
 TEST_F(Inspect, TheTableShowsTheAskedNumberOfRows) {
