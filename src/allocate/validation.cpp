@@ -10,12 +10,6 @@ constexpr int64_t kFolds = 4;
 
 }  // namespace
 
-double sample_loss(const Scores& scores, const Selection& selection) {
-  const at::Tensor sums = scores.values.index_select(1, at::tensor(selection, at::kLong)).sum(1);
-  const double first = scores.with_linear ? sums.mean().item<double>() : 0;
-  return (first + 0.5 * sums.square().mean().item<double>()) / scores.tokens_per_sequence;
-}
-
 double held_out_loss(const Scores& scores, const Candidates& candidates, const Choose& choose) {
   const int64_t n = scores.n_sequences();
   ISOBATH_CHECK(n >= kFolds, "{} sequences cannot be dealt to {} folds", n, kFolds);

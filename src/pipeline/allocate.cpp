@@ -78,27 +78,25 @@ std::optional<Selection> widest_uniform(const AllocationProblem& problem) {
   return best;
 }
 
-/// Fills in what the choices are worth on other sequences.
-void validate(AllocationReport& report) {
+/// Fills in what the choices are worth on other sequences. as_found: the loss without the prior.
+void validate(const QuadraticLoss& as_found, AllocationReport& report) {
   const AllocationProblem& problem = report.problem;
   const allocate::Candidates& candidates = problem.candidates;
-  const allocate::Scores as_found = problem.scores.without_prior();
-  const QuadraticLoss of_all = estimate_loss(as_found, candidates);
   constexpr int64_t kLeastSequences = 4;
   const bool has_folds = problem.scores.n_sequences() >= kLeastSequences;
   for (Allocation& allocation : report.methods) {
     if (allocation.method != "quadratic" && allocation.method != "diagonal")
-      allocation.held_out = of_all(allocation.selection);
+      allocation.held_out = as_found(allocation.selection);
     else if (has_folds && allocation.method == "quadratic")
       allocation.held_out = held_out_loss(problem.scores, candidates, [&](const QuadraticLoss& loss) {
         return minimise(loss, candidates, relax(loss, candidates), {});
       });
     else if (has_folds)
-      allocation.held_out = held_out_loss(as_found, candidates, [&](const QuadraticLoss& loss) {
-        return solve_knapsack(candidates, loss.diagonal());
-      });
+      allocation.held_out = held_out_loss(
+          problem.scores.without_prior(), candidates,
+          [&](const QuadraticLoss& loss) { return solve_knapsack(candidates, loss.diagonal()); });
   }
-  if (report.uniform) report.uniform->held_out = of_all(report.uniform->selection);
+  if (report.uniform) report.uniform->held_out = as_found(report.uniform->selection);
 }
 
 AllocationReport solve(const AllocationProblem& problem, const QuadraticLoss& loss,
@@ -138,10 +136,11 @@ void allocate_locally(const config::RunConfig& config, const AllocateRequest& re
   problem.candidates.budget = budget_in_bits(problem, request);
   // Labels drawn from the model have gradients of mean zero; those of the data need not.
   problem.scores.with_linear = request.first_order && config.sensitivity.loss == "nll";
-  problem.scored["diagonal"] = estimate_loss(problem.scores.without_prior(), problem.candidates).diagonal();
+  const QuadraticLoss as_found = estimate_loss(problem.scores.without_prior(), problem.candidates);
+  problem.scored["diagonal"] = as_found.diagonal();
   const QuadraticLoss loss = estimate_loss(problem.scores, problem.candidates);
   AllocationReport report = solve(problem, loss, request.method);
-  validate(report);
+  validate(as_found, report);
 
   const Allocation& chosen = report.methods[report.chosen];
   std::map<std::string, int> bits;

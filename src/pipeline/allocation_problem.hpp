@@ -53,7 +53,7 @@ struct Allocation {
   double predicted = 0;  ///< of the quadratic loss, nats per token
   double additive = 0;   ///< of its diagonal alone
   /// Loss on sequences that the choice was not fitted to (allocate::held_out_loss); of methods that fit
-  /// nothing to the scores s, sample_loss on all sequences.
+  /// nothing to the scores s, the loss estimated from all sequences without the prior.
   std::optional<double> held_out;
 };
 

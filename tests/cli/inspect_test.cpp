@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <functional>
 #include <isobath/cli/inspect.hpp>
 #include <isobath/core/error.hpp>
 #include <isobath/io/hdf5_file.hpp>
@@ -24,14 +25,21 @@ class Inspect : public ::testing::Test {
 
   /// A block file of two modules with two channels and four tokens; `scale` multiplies α.
   void write_block(int64_t block, double scale, const std::string& model = "tiny") const {
+    write_block(block, model, [&](io::Hdf5Writer& file) {
+      write_module(file, "q_proj", scale, true);
+      write_module(file, "down_proj", 2 * scale, false);
+    });
+  }
+
+  void write_block(int64_t block, const std::string& model,
+                   const std::function<void(io::Hdf5Writer&)>& write_modules) const {
     io::Hdf5Writer file(run_ / "measure" / fmt::format("block-{:05d}.h5", block));
     file.attribute("/", "model", model);
     file.attribute("/", "loss", std::string("nll"));
     file.attribute("/", "n_sequences", std::string("1"));
     file.attribute("/", "length", std::string("4"));
     file.attribute("/", "block", block);
-    write_module(file, "q_proj", scale, true);
-    write_module(file, "down_proj", 2 * scale, false);
+    write_modules(file);
     file.commit();
   }
 
@@ -76,22 +84,12 @@ TEST_F(Inspect, EffectiveTokensAreThoseOfTheMeanOverOutputChannels) {
   // One group of rows weighs the first token by 4, another the second: with 3 and 1 rows the means are 3 and
   // 1, n_eff = 16/10; groups of one size weigh both alike.
   const auto effective = [&](const std::vector<int64_t>& sizes) {
-    {
-      io::Hdf5Writer file(run_ / "measure" / "block-00000.h5");
-      file.attribute("/", "model", std::string("tiny"));
-      file.attribute("/", "loss", std::string("nll"));
-      file.attribute("/", "n_sequences", std::string("1"));
-      file.attribute("/", "length", std::string("4"));
-      file.attribute("/", "block", int64_t{0});
-      write_module(file, "q_proj", 1, false);
+    write_block(0, "tiny", [&](io::Hdf5Writer& file) {
       write_module(file, "k_proj", 1, false, at::tensor({4.0, 0.0, 0.0, 4.0, 0.0, 0.0, 0.0, 0.0}));
       if (!sizes.empty()) file.write("k_proj/row_group_sizes", at::tensor(sizes, at::kLong));
-      file.commit();
-    }
+    });
     const auto result = nlohmann::json::parse(inspect_json(run_));
-    for (const auto& module : result["modules"])
-      if (module["module"] == "k_proj") return module["n_effective"].get<double>();
-    return 0.0;
+    return result["modules"][0]["n_effective"].get<double>();
   };
 
   EXPECT_DOUBLE_EQ(effective({3, 1}), 1.6);

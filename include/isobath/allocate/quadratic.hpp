@@ -72,10 +72,6 @@ struct QuadraticLoss {
 /// Cost     O(n_draws · n²) time, O(n²) memory.
 [[nodiscard]] QuadraticLoss estimate_loss(const Scores& scores, const Candidates& candidates);
 
-/// Loss of a selection on some draws as they are, nothing shrunk: E[Σs]/T (with_linear) + ½ E[(Σs)²]/T. Its
-/// standard error is about √(2 / n_draws) of it.
-[[nodiscard]] double sample_loss(const Scores& scores, const Selection& selection);
-
 /// Chooses a selection from an estimated loss.
 using Choose = std::function<Selection(const QuadraticLoss&)>;
 
